@@ -1,0 +1,347 @@
+"""SUDO: preference optimisation of text-to-image diffusion models without annotation, in one file.
+
+Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for
+Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534, which names the method SUDO).
+Equations and tables are theirs; S:1065 is line 1065 of train.py in the official code,
+github.com/SPengLiang/SUDO.
+
+Every training image is a winner x_w. Its loser x_l = Downgrade(x_w) is, by default, another image
+under the winner's caption c. Both get the same noise ε at the same timestep t. With the errors
+
+    e_w, e_l   of the policy, the model in training:    e_w = mean (ε_θ(x_w^t, t, c) - ε)²
+    r_w, r_l   of the reference, its frozen initial copy
+
+the objective is
+
+    u     = -β/2 · [(e_w - e_l) - (r_w - r_l)]                                             Eq. 8
+    L_dpo = mean( -log σ(u) )                                                              Eq. 8
+    L     = λ1 · L_dpo + λ2 · mean(e_w)               β = 5000, λ1 = λ2 = 0.5              Eq. 9
+
+In any trainer of a diffusers UNet:
+
+    from sudo import frozen_copy, sudo_loss
+    reference = frozen_copy(unet)  # once, before the first step
+    ...  # latents: clean and scaled; another image of the batch becomes each one's loser
+    loss, metrics = sudo_loss(unet, reference, noise_scheduler, latents, encoder_hidden_states)
+    loss.backward()
+
+Where this differs from the official code, and why:
+
+1. No image is its own loser. A random permutation (S:1018-1027) leaves one image of each batch in
+   its place on average: a pair without information. Here the batch is deranged; or pass `losers=`
+   from the whole data set, as the paper has it, and a batch of one works too.
+2. `pair_weight` = 0 silences the preference where the caption was dropped to "": nothing makes one
+   image the better one there. The MSE term stays. The official code prefers all the same.
+3. Losers are reordered latents. The official code decodes, augments and VAE-encodes each image a
+   second time for that (S:1027, 1040).
+4. Errors are fp32 for policy and reference, and both run the same arithmetic: u is exactly 0 at the
+   start. The official reference is in half precision (S:939, 1149), whose rounding alone moves u by
+   up to 0.3 (fp16) or 2.4 (bf16).
+5. A tie, u = 0, counts one half in the implicit accuracy, not as an error.
+6. v-prediction works; other prediction types are refused before the UNet runs (S:1117: mid-loop).
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------- Downgrade: a loser for every winner (Table 3)
+
+
+def random_image(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Another image of the batch for each image, the paper's downgrade of choice (S:1018-1027).
+
+    images: (B, ...), pixels or latents. Returns (B, ...): the batch moved along one random cycle,
+    so that no image keeps its place and any other is equally likely. Raises ValueError if B = 1.
+    """
+    if len(images) < 2:
+        raise ValueError(
+            "a batch of one has no other image to be the loser: "
+            "pass losers= drawn from the whole data set, or use a larger batch"
+        )
+    device = _random_device(images, generator)
+    cycle = torch.randperm(len(images), generator=generator, device=device).to(images.device)
+    losers = torch.empty_like(images)
+    losers[cycle] = images[cycle.roll(1)]
+    return losers
+
+
+def blur(images: Tensor, factor: int = 4) -> Tensor:
+    """Shrink by `factor` and enlarge again (Table 3). images and result: (B, C, H, W) pixels."""
+    H, W = images.shape[-2:]
+    small = F.interpolate(images, (H // factor, W // factor), mode="bilinear", antialias=True)
+    return F.interpolate(small, (H, W), mode="bilinear")
+
+
+def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None = None) -> Tensor:
+    """Cut each image into grid x grid cells and swap two of them, drawn anew for each (Table 3).
+
+    images: (B, C, H, W) pixels, as is the result. Raises ValueError unless grid divides H and W.
+    """
+    B, C, H, W = images.shape
+    if H % grid or W % grid:
+        raise ValueError(f"{H} x {W} pixels do not divide into {grid} x {grid} cells")
+    h, w, n = H // grid, W // grid, grid * grid
+    cells = images.view(B, C, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5).reshape(B, n, C, h, w)
+
+    draw = {"size": (B,), "generator": generator, "device": _random_device(images, generator)}
+    first = torch.randint(n, **draw).to(images.device)
+    second = (first + torch.randint(1, n, **draw).to(images.device)) % n  # any cell but the first
+    row = torch.arange(B, device=images.device)
+    swapped = cells.clone()
+    swapped[row, first], swapped[row, second] = cells[row, second], cells[row, first]
+    return swapped.view(B, grid, grid, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+# ------------------------------------------- pairs: the same ε and the same t for both
+
+
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε, in fp32.
+
+    latents, noise: (B, C, H, W), or (B, C, F, H, W) of a video. timesteps: (B,) integers.
+    alphas_cumprod: (T,), ᾱ.
+    """
+    sqrt_alpha, sqrt_one_minus_alpha = _schedule(latents, timesteps, alphas_cumprod)
+    return sqrt_alpha * latents.float() + sqrt_one_minus_alpha * noise.float()
+
+
+def training_target(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler: Any) -> Tensor:
+    """What the UNet is to predict, in fp32: ε, or v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0.
+
+    Shapes as in `add_noise`. Raises ValueError for any other scheduler.config.prediction_type.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise.float()
+    if prediction_type == "v_prediction":
+        alphas_cumprod = scheduler.alphas_cumprod
+        sqrt_alpha, sqrt_one_minus_alpha = _schedule(latents, timesteps, alphas_cumprod)
+        return sqrt_alpha * noise.float() - sqrt_one_minus_alpha * latents.float()
+    raise ValueError(
+        f"prediction_type {prediction_type!r} is not supported: "
+        "use a model whose scheduler has 'epsilon' or 'v_prediction'"
+    )
+
+
+class Pairs(NamedTuple):
+    """What the UNet sees and should answer, 2B rows: all winners, then their losers in order."""
+
+    noisy: Tensor  # x_t, [2B, C, H, W] fp32
+    target: Tensor  # ε or v, [2B, C, H, W] fp32
+    timesteps: Tensor  # t, [2B]
+
+
+def make_pairs(
+    scheduler: Any,
+    winners: Tensor,
+    losers: Tensor,
+    *,
+    noise: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Pairs:
+    """Give winner and loser the same noise at the same timestep (S:1065-1067).
+
+    scheduler: has alphas_cumprod, config.prediction_type and config.num_train_timesteps = T.
+    winners, losers: (B, C, H, W) clean scaled latents. noise: the same shape, ~ N(0, I) if None.
+    timesteps: (B,), ~ U{0..T-1} if None. Raises ValueError where a shape differs.
+    """
+    B, device = len(winners), _random_device(winners, generator)
+    if noise is None:
+        noise = torch.randn(winners.shape, generator=generator, device=device)
+    if timesteps is None:
+        T = scheduler.config.num_train_timesteps
+        timesteps = torch.randint(T, (B,), generator=generator, device=device)
+    _expect("losers", losers, winners.shape)
+    _expect("noise", noise, winners.shape)
+    _expect("timesteps", timesteps, (B,))
+
+    x_0 = torch.cat([winners, losers])  # [2B, C, H, W]
+    noise = torch.cat([noise, noise]).to(x_0.device)
+    timesteps = torch.cat([timesteps, timesteps]).to(x_0.device)
+    return Pairs(
+        noisy=add_noise(x_0, noise, timesteps, scheduler.alphas_cumprod),
+        target=training_target(x_0, noise, timesteps, scheduler),
+        timesteps=timesteps,
+    )
+
+
+# ------------------------------------------- errors: one pass of a UNet over winners and losers
+
+
+def denoising_error(
+    unet: Callable, pairs: Pairs, encoder_hidden_states: Tensor, **unet_kwargs: Any
+) -> Tensor:
+    """The mean squared error of each row (S:1137): (2B,) fp32, winners first.
+
+    unet: called as unet(noisy, timesteps, encoder_hidden_states, **unet_kwargs); its output is
+    `.sample` or the tensor itself. Conditions are those of the B winners and are repeated for the
+    losers: encoder_hidden_states (B, S, D) and every tensor in unet_kwargs, also inside dicts and
+    lists (SDXL's added_cond_kwargs). Raises ValueError for a condition without B rows.
+    """
+    B = len(pairs.timesteps) // 2
+    condition = _repeat("encoder_hidden_states", encoder_hidden_states, B)
+    unet_kwargs = {name: _repeat(name, value, B) for name, value in unet_kwargs.items()}
+    # The conditions tell which dtype the UNet takes: fp32, or half with half weights.
+    output = unet(pairs.noisy.to(condition.dtype), pairs.timesteps, condition, **unet_kwargs)
+    prediction = getattr(output, "sample", output)
+    return (prediction.float() - pairs.target).square().flatten(1).mean(1)
+
+
+# ------------------------------------------- the objective: arithmetic on errors alone
+
+
+def implicit_margin(errors: Tensor, ref_errors: Tensor, beta: float) -> Tensor:
+    """u of Eq. 8 (S:1154-1155): (B,), from errors and ref_errors, (2B,) with winners first.
+
+    σ(u) is the probability that the policy prefers the winner, measured against the reference.
+    """
+    e_w, e_l = errors.chunk(2)
+    r_w, r_l = ref_errors.chunk(2)
+    return -beta / 2 * ((e_w - e_l) - (r_w - r_l))
+
+
+def sudo_objective(
+    errors: Tensor,
+    ref_errors: Tensor,
+    beta: float = 5000.0,
+    dpo_weight: float = 0.5,
+    mse_weight: float = 0.5,
+    pair_weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L of Eq. 9 (S:1157-1159) and its metrics.
+
+    errors, ref_errors: (2B,) from `denoising_error`. dpo_weight, mse_weight: λ1, λ2. pair_weight:
+    (B,), each pair's weight in the preference term, all 1 if None; 0 where the caption was dropped.
+    Both terms are means over all B rows, weighted or not: micro-batches and processes then average
+    to the loss of the whole batch. Raises ValueError where a shape differs.
+
+    Returns L, a scalar, and detached fp32 scalars (*: mean over the pairs with weight, 0 if none):
+        loss             L
+        dpo *            -log σ(u): ln 2 = 0.6931 at the start
+        mse              mean e_w, the term of λ2
+        winner_error     mean e_w;  winner_drift, mean e_w - r_w: negative while winners are learnt
+        loser_error      mean e_l;  loser_drift, mean e_l - r_l
+        margin *         u
+        implicit_acc *   share of u > 0, a tie counting one half
+        saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four digits
+    """
+    B = len(errors) // 2
+    weight = torch.ones_like(errors[:B]) if pair_weight is None else pair_weight.to(errors)
+    _expect("errors", errors, (2 * B,))
+    _expect("ref_errors", ref_errors, (2 * B,))
+    _expect("pair_weight", weight, (B,))
+
+    e_w, e_l = errors.chunk(2)
+    r_w, r_l = ref_errors.chunk(2)
+    u = implicit_margin(errors, ref_errors, beta)
+    dpo = -F.logsigmoid(u)
+    loss = dpo_weight * (weight * dpo).mean() + mse_weight * e_w.mean()
+
+    has_weight = (weight != 0).float()
+
+    def over_pairs(values: Tensor) -> Tensor:
+        return (has_weight * values).sum() / has_weight.sum().clamp(min=1)
+
+    metrics = {
+        "loss": loss,
+        "dpo": over_pairs(dpo),
+        "mse": e_w.mean(),
+        "winner_error": e_w.mean(),
+        "loser_error": e_l.mean(),
+        "winner_drift": (e_w - r_w).mean(),
+        "loser_drift": (e_l - r_l).mean(),
+        "margin": over_pairs(u),
+        "implicit_acc": over_pairs((u > 0).float() + 0.5 * (u == 0)),
+        "saturated": over_pairs((u.abs() > 10).float()),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ------------------------------------------- the whole step
+
+
+def sudo_loss(
+    unet: Callable,
+    reference: Callable | Tensor,
+    scheduler: Any,
+    latents: Tensor,
+    encoder_hidden_states: Tensor,
+    *,
+    losers: Tensor | None = None,
+    beta: float = 5000.0,
+    dpo_weight: float = 0.5,
+    mse_weight: float = 0.5,
+    pair_weight: Tensor | None = None,
+    noise: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **unet_kwargs: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The SUDO loss of a batch, to call backward() on, and the metrics of `sudo_objective`.
+
+    unet: the policy. reference: its `frozen_copy`, or any callable like it (for LoRA: the policy
+    with its adapters off), or the (2B,) errors that the reference has on these very pairs.
+    latents: (B, C, H, W) clean scaled latents of the winners. encoder_hidden_states: (B, S, D) of
+    their captions. losers: (B, C, H, W), `random_image(latents)` if None (ValueError for B = 1).
+    beta: tied to the size of the model's errors, as one unit of u is an error margin of 2/β.
+    noise, timesteps, generator: as in `make_pairs`; pair_weight and the two weights: as in
+    `sudo_objective`; unet_kwargs: as in `denoising_error`. All raise ValueError for a wrong shape.
+    """
+    if losers is None:
+        losers = random_image(latents, generator)
+    pairs = make_pairs(
+        scheduler, latents, losers, noise=noise, timesteps=timesteps, generator=generator
+    )
+    if isinstance(reference, Tensor):
+        ref_errors = reference
+    else:
+        with torch.no_grad():  # before the policy, whose activations then have the memory alone
+            ref_errors = denoising_error(reference, pairs, encoder_hidden_states, **unet_kwargs)
+    errors = denoising_error(unet, pairs, encoder_hidden_states, **unet_kwargs)
+    return sudo_objective(errors, ref_errors, beta, dpo_weight, mse_weight, pair_weight)
+
+
+def frozen_copy(unet: torch.nn.Module) -> torch.nn.Module:
+    """The reference: the UNet as it is now, same dtype and device, in eval mode, no gradient."""
+    return copy.deepcopy(unet).eval().requires_grad_(False)
+
+
+# ------------------------------------------- small print
+
+
+def _random_device(images: Tensor, generator: torch.Generator | None) -> torch.device:
+    """A generator draws on its own device only; without one, draw where the images are."""
+    return images.device if generator is None else generator.device
+
+
+def _schedule(latents: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) in fp32, [B, 1, 1, 1] for latents of four dimensions."""
+    alpha = alphas_cumprod.to(latents.device, torch.float32)[timesteps]
+    alpha = alpha.view(-1, *[1] * (latents.ndim - 1))
+    return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _repeat(name: str, value: Any, batch: int) -> Any:
+    """A condition of the B winners, once more for their B losers: [B, ...] -> [2B, ...]."""
+    if isinstance(value, dict):
+        return {key: _repeat(f"{name}[{key!r}]", item, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_repeat(name, item, batch) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 0 or len(value) != batch:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {batch} rows, one a pair"
+        )
+    return torch.cat([value, value])
