@@ -1,0 +1,629 @@
+"""What sudo.py, train_tiny.py and lab/world.py claim, checked on a CPU without a download.
+
+The oracle is written from the equations, in float64, one image at a time, with diffusers' own
+schedulers for the noise: it shares no line with sudo.py.
+"""
+
+import copy
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch.testing import assert_close
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import sudo
+import train_tiny
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "lab"))
+import world  # noqa: E402
+
+B, BETA = 4, 300.0
+
+
+def tiny_unet(**config):
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        **config,
+    )
+
+
+def moved(unet, scale=0.01):
+    """The policy after some training: the reference with its weights shaken."""
+    policy = copy.deepcopy(unet)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += scale * torch.randn_like(p)
+    return policy
+
+
+def batch(seed=2):
+    rng = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(
+        winners=torch.randn(B, 4, 8, 8, generator=rng),
+        losers=torch.randn(B, 4, 8, 8, generator=rng),
+        conditions=torch.randn(B, 5, 12, generator=rng),
+        noise=torch.randn(B, 4, 8, 8, generator=rng),
+        timesteps=torch.tensor([3, 250, 600, 999]),
+    )
+
+
+# ------------------------------------------- the oracle
+
+
+def oracle(unet, reference, scheduler, b, pair_weight, beta=BETA, l1=0.5, l2=0.5):
+    """L, u and the mean errors of Eq. 8 and 9, a pair at a time, in float64."""
+    dpo = mse = 0.0
+    margins, errors = [], {"w": [], "l": [], "rw": [], "rl": []}
+    for i in range(B):
+        t, eps, c = b.timesteps[i : i + 1], b.noise[i : i + 1].double(), b.conditions[i : i + 1]
+        side = {}
+        for name, x in (("w", b.winners), ("l", b.losers)):
+            x = x[i : i + 1].double()
+            x_t = scheduler.add_noise(x, eps, t)
+            v_prediction = scheduler.config.prediction_type == "v_prediction"
+            goal = scheduler.get_velocity(x, eps, t) if v_prediction else eps
+            side[name] = ((unet(x_t, t, c.double()).sample - goal) ** 2).sum() / goal.numel()
+            with torch.no_grad():
+                answer = reference(x_t, t, c.double()).sample
+                side["r" + name] = ((answer - goal) ** 2).sum() / goal.numel()
+        u = -beta / 2 * (side["w"] - side["l"] - side["rw"] + side["rl"])
+        dpo = dpo + pair_weight[i] * torch.log(1 + torch.exp(-u)) / B
+        mse = mse + side["w"] / B
+        margins.append(float(u))
+        for name, error in side.items():
+            errors[name].append(float(error))
+    return l1 * dpo + l2 * mse, margins, errors
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("pair_weight", [None, [1.0, 0.0, 1.0, 0.0], [0.5, 2.0, 0.0, 1.0]])
+def test_loss_gradients_and_metrics_are_those_of_the_equations(prediction_type, pair_weight):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear")
+    exact = copy.deepcopy(scheduler)
+    exact.alphas_cumprod = exact.alphas_cumprod.double()
+    reference = tiny_unet()
+    policy, b = moved(reference), batch()
+    given = None if pair_weight is None else torch.tensor(pair_weight)
+    loss, metrics = sudo.sudo_loss(
+        policy,
+        sudo.frozen_copy(reference),
+        scheduler,
+        b.winners,
+        b.conditions,
+        losers=b.losers,
+        beta=BETA,
+        pair_weight=given,
+        noise=b.noise,
+        timesteps=b.timesteps,
+    )
+    loss.backward()
+
+    policy64, weight = copy.deepcopy(policy).double(), pair_weight or [1.0] * B
+    policy64.zero_grad()
+    expected, u, errors = oracle(policy64, copy.deepcopy(reference).double(), exact, b, weight)
+    expected.backward()
+    assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    for p, q in zip(policy.parameters(), policy64.parameters()):
+        scale = float(q.grad.abs().max())
+        assert_close(p.grad.double(), q.grad, rtol=1e-3, atol=1e-3 * scale + 1e-6)
+
+    mean = {name: sum(values) / B for name, values in errors.items()}
+    counted = [ui for ui, w in zip(u, weight) if w]
+    expected_metrics = {
+        "loss": float(expected),
+        "dpo": sum(math.log(1 + math.exp(-ui)) for ui in counted) / len(counted),
+        "mse": mean["w"],
+        "winner_error": mean["w"],
+        "loser_error": mean["l"],
+        "winner_drift": mean["w"] - mean["rw"],
+        "loser_drift": mean["l"] - mean["rl"],
+        "margin": sum(counted) / len(counted),
+        "implicit_acc": sum(ui > 0 for ui in counted) / len(counted),
+        "saturated": sum(abs(ui) > 10 for ui in counted) / len(counted),
+    }
+    assert {ui > 0 for ui in u} == {True, False}, "the case should have hits and misses"
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        assert value.dtype == torch.float32 and value.ndim == 0 and not value.requires_grad
+        assert_close(float(value), expected_metrics[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_of_the_objective_in_closed_form():
+    """dL/de_w = λ1·w·(β/2)·σ(-u)/B + λ2/B and dL/de_l = -λ1·w·(β/2)·σ(-u)/B; at u = 0, 1250 : 1."""
+    ref_errors = torch.tensor([0.30, 0.10, 0.25, 0.35])
+    errors = torch.tensor([0.30, 0.1002, 0.25, 0.3496], requires_grad=True)
+    loss, _ = sudo.sudo_objective(errors, ref_errors, pair_weight=torch.tensor([1.0, 3.0]))
+    loss.backward()
+    u = torch.tensor([0.0, -2500 * (0.0002 + 0.0004)], dtype=torch.float64)
+    pull = 0.5 * torch.tensor([1.0, 3.0]) * 2500 * torch.sigmoid(-u) / 2
+    assert_close(errors.grad.double(), torch.cat([pull + 0.25, -pull]), rtol=1e-3, atol=0)
+    assert errors.grad[0] / 0.25 == pytest.approx(1250 + 1)
+
+
+# ------------------------------------------- the first step
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16 autocast and checkpointing"])
+def test_step_zero_is_exactly_ln2_with_margin_zero(half):
+    policy = tiny_unet().train()
+    reference = sudo.frozen_copy(policy)
+    if half:
+        policy.enable_gradient_checkpointing()
+    b = batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss, metrics = sudo.sudo_loss(policy, reference, DDPMScheduler(), b.winners, b.conditions)
+    loss.backward()
+    assert metrics["margin"] == 0 and metrics["winner_drift"] == 0 and metrics["loser_drift"] == 0
+    assert metrics["dpo"] == torch.tensor(math.log(2)) and metrics["implicit_acc"] == 0.5
+    assert float(loss) == pytest.approx(0.5 * math.log(2) + 0.5 * float(metrics["winner_error"]))
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_errors_are_fp32_for_a_half_precision_unet():
+    unet, b = tiny_unet().to(torch.bfloat16), batch()
+    pairs = sudo.make_pairs(DDPMScheduler(), b.winners, b.losers)
+    errors = sudo.denoising_error(unet, pairs, b.conditions.bfloat16())
+    assert errors.dtype == torch.float32 and errors.shape == (2 * B,)
+
+
+def test_a_step_prefers_the_winner_and_leaves_the_reference_alone():
+    policy, b = tiny_unet(), batch()
+    reference = sudo.frozen_copy(policy)
+    kept = copy.deepcopy(reference.state_dict())
+    same = {"losers": b.losers, "noise": b.noise, "timesteps": b.timesteps, "beta": BETA}
+    arguments = (DDPMScheduler(), b.winners, b.conditions)
+    loss, _ = sudo.sudo_loss(policy, reference, *arguments, mse_weight=0.0, **same)
+    loss.backward()
+    torch.optim.SGD(policy.parameters(), 1e-4).step()
+    _, metrics = sudo.sudo_loss(policy, reference, *arguments, mse_weight=0.0, **same)
+    assert metrics["margin"] > 0 and metrics["winner_drift"] < metrics["loser_drift"]
+    assert not reference.training and not any(p.requires_grad for p in reference.parameters())
+    assert all(p.grad is None for p in reference.parameters())
+    assert_close(reference.state_dict(), kept, rtol=0, atol=0)
+
+
+def test_a_trainable_reference_gets_no_gradient_and_may_be_a_table():
+    policy, reference, b = moved(tiny_unet()), tiny_unet(), batch()
+    draws = {"noise": b.noise, "timesteps": b.timesteps}
+    arguments = (DDPMScheduler(), b.winners, b.conditions)
+    live, _ = sudo.sudo_loss(policy, reference, *arguments, losers=b.losers, **draws)
+    live.backward()
+    assert all(p.grad is None for p in reference.parameters())
+    pairs = sudo.make_pairs(DDPMScheduler(), b.winners, b.losers, **draws)
+    table = sudo.denoising_error(reference, pairs, b.conditions).detach()
+    again, _ = sudo.sudo_loss(policy, table, *arguments, losers=b.losers, **draws)
+    assert_close(again, live, rtol=0, atol=0)
+
+
+# ------------------------------------------- pairs
+
+
+def test_random_image_is_a_derangement_with_every_other_image_equally_likely():
+    rng = torch.Generator().manual_seed(0)
+    for size in (2, 3, 8):
+        images = torch.arange(size).view(size, 1, 1, 1).float()
+        counts = torch.zeros(size, size)
+        for _ in range(2000):
+            losers = sudo.random_image(images, rng).flatten().long()
+            assert sorted(losers.tolist()) == list(range(size))
+            counts[torch.arange(size), losers] += 1
+        assert counts.diagonal().sum() == 0
+        off_diagonal = counts[~torch.eye(size, dtype=torch.bool)] * (size - 1) / 2000
+        assert (off_diagonal - 1).abs().max() < 0.25
+
+
+def test_blur_removes_detail_and_keeps_means():
+    fine = (torch.arange(16).view(1, 1, 1, -1) % 2 * 2.0 - 1).expand(1, 3, 16, 16)
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    assert sudo.blur(fine).abs().max() < 0.2 and sudo.blur(fine).shape == fine.shape
+    assert_close(sudo.blur(flat), flat)
+
+
+def test_random_grid_swaps_two_cells_of_each_image():
+    cell_number = torch.arange(64).view(8, 8).repeat_interleave(3, 0).repeat_interleave(2, 1)
+    images = cell_number.expand(20, 3, 24, 16).float()
+    swapped = sudo.random_grid(images, generator=torch.Generator().manual_seed(0))
+    moves = set()
+    for image in swapped:
+        where = (image != images[0]).all(0)
+        assert where.sum() == 2 * 3 * 2 and torch.equal(where, (image != images[0]).any(0))
+        a, b = image[0][where].unique().tolist()
+        assert (image[0][cell_number == a] == b).all() and (image[0][cell_number == b] == a).all()
+        moves.add((a, b))
+    assert len(moves) > 15
+
+
+@pytest.mark.parametrize("shape", [(B, 4, 8, 8), (B, 4, 3, 8, 8)], ids=["image", "video"])
+def test_noise_and_targets_are_those_of_diffusers(shape):
+    x, eps, t = torch.randn(shape), torch.randn(shape), torch.tensor([0, 10, 500, 999])
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    noisy = sudo.add_noise(x, eps, t, scheduler.alphas_cumprod)
+    assert_close(noisy, scheduler.add_noise(x, eps, t))
+    velocity = sudo.training_target(x, eps, t, scheduler)
+    assert_close(velocity, scheduler.get_velocity(x, eps, t))
+    assert sudo.add_noise(x.half(), eps.half(), t, scheduler.alphas_cumprod).dtype == torch.float32
+
+
+def test_winner_and_loser_share_noise_and_timestep():
+    b, scheduler = batch(), DDPMScheduler()
+    rng = torch.Generator().manual_seed(3)
+    pairs = sudo.make_pairs(scheduler, b.winners, b.losers, generator=rng)
+    assert torch.equal(pairs.timesteps[:B], pairs.timesteps[B:])
+    assert torch.equal(pairs.target[:B], pairs.target[B:])
+    # Solved for ε, both halves hold the noise that is their target, on their own image.
+    alpha = scheduler.alphas_cumprod[pairs.timesteps].view(-1, 1, 1, 1)
+    eps = (pairs.noisy - alpha.sqrt() * torch.cat([b.winners, b.losers])) / (1 - alpha).sqrt()
+    assert_close(eps, pairs.target, rtol=1e-3, atol=1e-3)
+
+
+def test_sdxl_conditions_are_repeated_in_order():
+    unet = tiny_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 10,
+    )
+    b = batch()
+    added = {"text_embeds": torch.randn(B, 10), "time_ids": torch.randint(64, (B, 6)).float()}
+    pairs = sudo.make_pairs(
+        DDPMScheduler(), b.winners, b.losers, noise=b.noise, timesteps=b.timesteps
+    )
+    errors = sudo.denoising_error(unet, pairs, b.conditions, added_cond_kwargs=added)
+    for row in range(2 * B):
+        one = slice(row, row + 1)
+        own = {name: value[row % B : row % B + 1] for name, value in added.items()}
+        condition = b.conditions[row % B : row % B + 1]
+        answer = unet(pairs.noisy[one], pairs.timesteps[one], condition, added_cond_kwargs=own)
+        expected = ((answer.sample - pairs.target[one]) ** 2).mean()
+        assert_close(errors[row], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_without_weight_keep_their_mse_term_and_micro_batches_average():
+    errors, ref_errors = torch.rand(2 * B), torch.rand(2 * B)
+    loss, metrics = sudo.sudo_objective(errors, ref_errors, pair_weight=torch.zeros(B))
+    assert_close(loss, 0.5 * errors[:B].mean())
+    assert all(value.isfinite() for value in metrics.values())
+
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    whole, _ = sudo.sudo_objective(errors, ref_errors, 10.0, pair_weight=weight)
+    parts = [
+        sudo.sudo_objective(errors[rows], ref_errors[rows], 10.0, pair_weight=weight[rows[:2]])[0]
+        for rows in (torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7]))
+    ]
+    assert_close(sum(parts) / 2, whole)
+
+
+def call(**changes):
+    """`sudo_loss` on a fitting batch but for the changes, with a UNet that must not be reached."""
+    b = batch()
+
+    def unet(*_, **__):
+        raise AssertionError("the UNet ran before the mistake was found")
+
+    arguments = {
+        "unet": unet,
+        "reference": unet,
+        "scheduler": DDPMScheduler(),
+        "latents": b.winners,
+        "encoder_hidden_states": b.conditions,
+        **changes,
+    }
+    return sudo.sudo_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latents": torch.randn(1, 4, 8, 8)}, "pass losers="),
+        ({"scheduler": DDPMScheduler(prediction_type="sample")}, "'sample' is not supported"),
+        ({"losers": torch.randn(B - 1, 4, 8, 8)}, "losers has shape"),
+        ({"losers": torch.randn(B, 4, 16, 16)}, "losers has shape"),
+        ({"noise": torch.randn(1, 4, 8, 8)}, "noise has shape"),
+        ({"timesteps": torch.tensor([5])}, "timesteps has shape"),
+        ({"encoder_hidden_states": torch.randn(2 * B, 5, 12)}, "encoder_hidden_states has shape"),
+        ({"added_cond_kwargs": {"time_ids": torch.randn(2, 6)}}, "time_ids"),
+    ],
+)
+def test_mistakes_are_refused_before_the_unet_runs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.rand(8), torch.rand(6)), "ref_errors has shape"),
+        ((torch.rand(7), torch.rand(7)), "errors has shape"),
+        ((torch.rand(8), torch.rand(8), 1.0, 0.5, 0.5, torch.ones(4, 1)), "pair_weight has shape"),
+    ],
+)
+def test_the_objective_refuses_what_would_broadcast(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sudo.sudo_objective(*arguments)
+
+
+def test_random_grid_refuses_uneven_cells():
+    with pytest.raises(ValueError, match="do not divide"):
+        sudo.random_grid(torch.zeros(1, 3, 30, 32))
+
+
+# ------------------------------------------- the small world
+
+
+def test_splits_share_no_composition():
+    splits = [set(world.captions(split)) for split in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == [1296, 108, 216]
+    assert len(set.union(*splits)) == 1296 + 108 + 216
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = random.Random(7)
+    texts = rng.sample(world.captions("train") + world.captions("test"), 300)
+    return [(text, world.place(text, rng)) for text in texts]
+
+
+def test_the_judge_reads_what_was_drawn(scenes):
+    size = random.Random(8)
+    right = 0
+    for text, scene in scenes:
+        seen = world.read(world.draw(scene, size=size.choice([32, 64, 512])))
+        right += world.caption(seen) == text
+        for thing, original in zip(seen.things, scene.things):
+            assert thing.x == pytest.approx(original.x, abs=0.01)
+            assert thing.y == pytest.approx(original.y, abs=0.01)
+            assert thing.size == pytest.approx(original.size, abs=0.01)
+    assert right >= 0.99 * len(scenes)
+
+
+def test_the_judge_reads_what_the_vae_makes_of_it(scenes):
+    pipe = DiffusionPipeline.from_pretrained(HERE / "lab" / "tiny-sd")
+    pictures = [world.draw(scene) for _, scene in scenes]
+    with torch.no_grad():
+        latents = pipe.vae.encode(pipe.image_processor.preprocess(pictures)).latent_dist.mode()
+        decoded = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)
+    right = sum(world.score(image, text)[0] for image, (text, _) in zip(decoded, scenes))
+    assert right >= 0.95 * len(scenes)
+
+
+def test_the_judge_counts_attributes_and_rejects_what_is_no_scene():
+    text = "a red circle left of a blue square on a white background"
+    other = "a red circle left of a blue triangle on a black background"
+    picture = world.draw(world.place(text, random.Random(0)))
+    assert world.score(picture, text) == (True, 1.0)
+    assert world.score(picture, other) == (False, pytest.approx(4 / 6))
+    swapped = "a blue square left of a red circle on a white background"
+    assert world.score(picture, swapped) == (False, pytest.approx(5 / 6))
+    assert world.read(Image.new("RGB", (32, 32), "white")).things == ()
+    noise = Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(32 * 32 * 3))
+    assert world.caption(world.read(noise)) is None
+
+
+def test_sample_data_shows_its_captions_and_nothing_held_out():
+    rows = [json.loads(line) for line in (HERE / "captions.jsonl").read_text().splitlines()]
+    assert {row["text"] for row in rows} <= set(world.captions("train"))
+    for row in rows[::8]:
+        assert world.score(Image.open(HERE / row["file_name"]), row["text"])[0], row
+
+
+# ------------------------------------------- the trainer
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Writes the first `count` rows of the sample data, changed by `edit`, to a jsonl."""
+
+    def write(count=16, edit=lambda rows: rows):
+        lines = (HERE / "captions.jsonl").read_text().splitlines()[:count]
+        kept = [json.loads(line) for line in lines]
+        for row in kept:
+            row["file_name"] = str(HERE / row["file_name"])
+        data = tmp_path / "captions.jsonl"
+        data.write_text("\n".join(json.dumps(row) for row in edit(kept)) + "\n")
+        return data
+
+    return write
+
+
+def run(data, output, *flags, steps=4, batch=4):
+    train_tiny.main(
+        f"--data {data} --output {output} --model tiny --steps {steps} --batch-size {batch}".split()
+        + [str(flag) for flag in flags]
+    )
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output):
+    return UNet2DConditionModel.from_pretrained(output / "unet").state_dict()
+
+
+def test_the_main_job_raises_the_margin_and_leaves_a_pipeline(rows, tmp_path):
+    log = run(rows(64), tmp_path / "out", "--lr", 5e-4, steps=24, batch=16)
+    assert [row["step"] for row in log] == list(range(24))
+    assert log[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["margin"] == 0
+    assert log[0]["lr"] == pytest.approx(5e-4 / 6) and log[-1]["lr"] == pytest.approx(5e-4)
+    expected = {"step", "lr", "seconds", "loss", "dpo", "mse", "winner_error", "loser_error"}
+    expected |= {"winner_drift", "loser_drift", "margin", "implicit_acc", "saturated"}
+    assert all(row.keys() == expected for row in log)
+    late = log[12:]
+    assert sum(row["margin"] for row in late) > 0 and sum(row["dpo"] for row in late) / 12 < 0.69
+    assert sum(row["implicit_acc"] for row in late) / 12 > 0.6
+
+    before = UNet2DConditionModel.from_pretrained(HERE / "lab" / "tiny-sd" / "unet").state_dict()
+    assert any((before[name] != tensor).any() for name, tensor in weights(tmp_path / "out").items())
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (32, 32)
+    with Image.open(tmp_path / "out" / "samples.png") as sheet:
+        assert sheet.width > 1000 and len(sheet.convert("L").getcolors()) > 50
+
+
+@pytest.mark.parametrize("flags", [(), ("--precompute-reference",), ("--loss", "sft")])
+def test_resumed_accumulated_and_precomputed_runs_end_alike(rows, tmp_path, flags, monkeypatch):
+    data = rows()
+    whole = run(data, tmp_path / "whole", *flags)
+
+    kept = train_tiny.checkpoint
+
+    def pull_the_plug(output, step, *rest):
+        kept(output, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_tiny, "checkpoint", pull_the_plug)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "cut", *flags, "--checkpoint-every", 2)
+    monkeypatch.undo()
+    resumed = run(data, tmp_path / "cut", *flags, "--checkpoint-every", 2, "--resume")
+    assert_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+    halves = run(data, tmp_path / "halves", *flags, "--grad-accum", 2, batch=2)
+    assert_close(weights(tmp_path / "halves"), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-5)
+    for other in (resumed, halves):
+        for a, b in zip(other, whole, strict=True):
+            for name in a.keys() - {"seconds"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), name
+    if flags == ("--precompute-reference",):
+        run(data, tmp_path / "plain")
+        assert_close(weights(tmp_path / "plain"), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ(rows):
+    N, T = 30, 1000
+    data = train_tiny.Data(
+        latents=torch.zeros(N, 4, 2, 2),
+        downgraded=None,
+        picture=torch.arange(N) // 2,  # every picture twice,
+        caption=torch.arange(N) % 3,  # and three captions in all
+        conditions=torch.zeros(4, 5, 6),
+    )
+    args = SimpleNamespace(seed=5, caption_dropout=0.25)
+    draws = [train_tiny.draw(data, step, 20, args, T) for step in range(30)]
+    again = train_tiny.draw(data, 7, 20, args, T)
+    assert all(torch.equal(a, b) for a, b in zip(draws[7], again))
+    assert not torch.equal(draws[7].noise, draws[8].noise)
+    rows = torch.cat([d.rows for d in draws])
+    assert (rows.view(20, N).sort(1).values == torch.arange(N)).all(), "epochs are whole"
+    losers = torch.cat([d.losers for d in draws])
+    assert (data.picture[losers] != data.picture[rows]).all()
+    assert (data.caption[losers] != data.caption[rows]).all()
+    captions = torch.cat([d.captions for d in draws])
+    dropped = captions == 3
+    assert torch.equal(captions[~dropped], data.caption[rows][~dropped])
+    assert 0.17 < dropped.float().mean() < 0.33
+
+
+@pytest.mark.parametrize("downgrade", ["blur", "random_grid"])
+def test_the_other_downgrades_train(rows, tmp_path, downgrade):
+    log = run(rows(), tmp_path / "out", "--downgrade", downgrade, steps=2)
+    assert log[0]["margin"] == 0 and log[0]["loser_error"] != log[0]["winner_error"]
+
+
+def test_the_architecture_of_sd15_trains_from_a_folder(rows, tmp_path):
+    """Stable Diffusion 1.5's own configuration, the widths divided by 40 and the picture by 8."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(HERE / "lab" / "tiny-sd" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="quick_gelu",
+        max_position_embeddings=tokenizer.model_max_length,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 32, 32),
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    parts = (vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None)
+    pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "sd15")
+    flags = ("--model", tmp_path / "sd15", "--grad-accum", 2)
+    log = run(rows(), tmp_path / "out", *flags, steps=2)
+    assert log[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["margin"] == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["beta"] == 5000
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 8
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda rows: [*rows[:3], {"file_name": rows[0]["file_name"]}], "line 4: not a row"),
+        (lambda rows: [*rows[:3], ["a list"]], "line 4: not a row"),
+        (lambda rows: [*rows[:3], {"file_name": "none.png", "text": "x"}], "line 4: .*none.png"),
+        (lambda rows: [*rows[:3], {"file_name": __file__, "text": "x"}], "line 4: cannot identify"),
+        (lambda rows: rows[:1], "needs a loser"),
+        (lambda rows: [{**row, "text": "the same"} for row in rows], "needs a loser"),
+    ],
+)
+def test_faulty_data_ends_in_a_sentence_before_anything_is_written(rows, tmp_path, edit, message):
+    with pytest.raises(SystemExit, match=message):
+        run(rows(edit=edit), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes_end_in_a_sentence(rows, tmp_path, capsys):
+    data, output = rows(), tmp_path / "out"
+    with pytest.raises(SystemExit, match="--data wants a jsonl file"):
+        run(tmp_path / "nothing.jsonl", output)
+    with pytest.raises(SystemExit, match="No pipeline could be loaded"):
+        run(data, output, "--model", tmp_path)
+    with pytest.raises(SystemExit, match="holds no run to resume"):
+        run(data, output, "--resume")
+    with pytest.raises(SystemExit):
+        run(data, output, "--lr", 0)
+    assert "--lr must be above 0" in capsys.readouterr().err
+    assert not output.exists()
+    run(data, output, steps=1)
+    with pytest.raises(SystemExit, match="is in use"):
+        run(data, output, steps=1)
+    with pytest.raises(SystemExit, match="seed was 0 and is 1"):
+        run(data, output, "--resume", "--seed", 1, steps=1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(rows, tmp_path):
+    with pytest.raises(SystemExit, match="Stopped before the update of step 2"):
+        run(rows(), tmp_path / "out", "--lr", 1e30, "--checkpoint-every", 1)
