@@ -2,8 +2,8 @@
 
 Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for
 Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534, which names the method SUDO).
-Equations and tables are theirs; S:1065 is line 1065 of train.py in the official code,
-github.com/SPengLiang/SUDO.
+Equations and tables are theirs. S:1065 is line 1065 of train.py in the official code,
+github.com/SPengLiang/SUDO at commit 4a41b91.
 
 Every training image is a winner x_w. Its loser x_l = Downgrade(x_w) is, by default, another image
 under the winner's caption c. Both get the same noise ε at the same timestep t. With the errors
@@ -31,14 +31,16 @@ Where this differs from the official code, and why:
    its place on average: a pair without information. Here the batch is deranged; or pass `losers=`
    from the whole data set, as the paper has it, and a batch of one works too.
 2. `pair_weight` = 0 silences the preference where the caption was dropped to "": nothing makes one
-   image the better one there. The MSE term stays. The official code prefers all the same.
-3. Losers are reordered latents. The official code decodes, augments and VAE-encodes each image a
-   second time for that (S:1027, 1040).
+   image the better one there. The MSE term stays. The official code applies the preference there.
+3. Losers are reordered latents. The official code sends winners and losers through the VAE, though
+   the losers are the same images in another order (S:1027, 1040).
 4. Errors are fp32 for policy and reference, and both run the same arithmetic: u is exactly 0 at the
    start. The official reference is in half precision (S:939, 1149), whose rounding alone moves u by
    up to 0.3 (fp16) or 2.4 (bf16).
 5. A tie, u = 0, counts one half in the implicit accuracy, not as an error.
 6. v-prediction works; other prediction types are refused before the UNet runs (S:1117: mid-loop).
+7. The MSE term of Eq. 9 is there. That commit minimises L_dpo alone (S:1157), as Table 4 does;
+   dpo_weight=1.0, mse_weight=0.0 is the same.
 """
 
 import copy
@@ -214,7 +216,7 @@ def sudo_objective(
     mse_weight: float = 0.5,
     pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of Eq. 9 (S:1157-1159) and its metrics.
+    """L of Eq. 9 (S:1157) and its metrics.
 
     errors, ref_errors: (2B,) from `denoising_error`. dpo_weight, mse_weight: λ1, λ2. pair_weight:
     (B,), each pair's weight in the preference term, all 1 if None; 0 where the caption was dropped.
@@ -299,7 +301,7 @@ def sudo_loss(
         scheduler, latents, losers, noise=noise, timesteps=timesteps, generator=generator
     )
     if isinstance(reference, Tensor):
-        ref_errors = reference
+        ref_errors = reference.detach()
     else:
         with torch.no_grad():  # before the policy, whose activations then have the memory alone
             ref_errors = denoising_error(reference, pairs, encoder_hidden_states, **unet_kwargs)

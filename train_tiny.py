@@ -1,6 +1,7 @@
 """Fine-tune a text-to-image model with SUDO: captions.jsonl in, a diffusers pipeline out.
 
     python train_tiny.py --data ./captions.jsonl
+    torchrun --nproc-per-node 4 train_tiny.py --data ./captions.jsonl
 
 trains Stable Diffusion 1.5 where there is a GPU, and the tiny model in lab/tiny-sd where there is
 none. The data is a line {"file_name": "picture.png", "text": "its caption"} for each picture, with
@@ -8,32 +9,45 @@ paths relative to the file.
 
 In order: check the rows, load the pipeline, encode every picture and caption once, train the UNet,
 save the pipeline. Whatever is random in a step is a function of (seed, step), drawn on the CPU for
-the whole batch: a resumed run takes the very steps of one that never stopped.
+the whole batch and cut into micro-batches and processes: a resumed run, or one on several
+processes, takes the very steps of one that never stopped.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import os
+import shlex
 import shutil
 import sys
 import textwrap
 import time
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
+import torch.distributed as dist
+import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers import Adafactor
 
 import sudo
+
+diffusers.utils.logging.set_verbosity_error()  # what is left to say is said here
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 
 class Recipe(NamedTuple):
@@ -46,58 +60,62 @@ class Recipe(NamedTuple):
     lr: float
     beta: float
     guidance: float  # of samples.png
-    checkpointing: bool  # recompute activations in the backward pass: slower, far less memory
 
 
 RECIPES = {
     # What suits the small world, chosen on its validation captions: two minutes on 2 CPU cores.
-    "tiny": Recipe(
-        str(Path(__file__).parent / "lab" / "tiny-sd"), 300, 32, 1, 1e-4, 100.0, 1.0, False
-    ),
-    # The paper's lr and β, but 128 pairs a step, for one GPU, where the paper has 2048.
-    "sd15": Recipe(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", 1000, 4, 32, 1e-6, 5000.0, 7.5, True
-    ),
+    "tiny": Recipe(str(Path(__file__).parent / "lab" / "tiny-sd"), 300, 32, 1, 1e-4, 400.0, 1.0),
+    # The paper's lr and β, and for one GPU 128 pairs a step, not 2048; SDXL has the paper's 96.
+    "sd15": Recipe("stable-diffusion-v1-5/stable-diffusion-v1-5", 1000, 4, 32, 1e-6, 5000.0, 7.5),
+    "sdxl": Recipe("stabilityai/stable-diffusion-xl-base-1.0", 1000, 1, 96, 1e-6, 5000.0, 5.0),
 }
+# These metrics are means over the pairs with weight, the others over all pairs.
+OVER_PAIRS = ("dpo", "margin", "implicit_acc", "saturated")
 WARMUP = 0.25  # share of the steps over which lr rises linearly
 MAX_GRAD_NORM = 1.0
 PROMPTS = 6  # captions of the data that samples.png shows
-ROW = {"file_name": "picture.png", "text": "its caption"}
+SAMPLING_STEPS = 30
+POSITIVE = ("steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help='a jsonl of {"file_name", "text"}')
-    add("--model", help="sd15, tiny, a folder or a hub name; by default sd15 on a GPU, else tiny")
+    add("--data", type=Path, required=True, help="a jsonl, or a folder with metadata.jsonl")
+    add("--image-column", default="file_name", help="default: %(default)s")
+    add("--caption-column", default="text", help="default: %(default)s")
+    add("--model", help="sd15, sdxl, tiny, a folder or a hub name (sd15 on a GPU, else tiny)")
     add("--output", type=Path, default=Path("out"), help="a new folder; default: %(default)s")
     add("--steps", type=int, help="updates of the weights")
-    add("--batch-size", type=int, help="pairs in a forward pass")
+    add("--batch-size", type=int, help="pairs in a forward pass, for each process")
     add("--grad-accum", type=int, help="forward passes in a step")
     add("--lr", type=float, help="learning rate after the warm-up")
     add("--beta", type=float, help="β of Eq. 8, to go with the size of the model's errors")
     add("--loss", choices=("sudo", "sft"), default="sudo", help="sft: the MSE term alone")
     add("--downgrade", choices=("random_image", "blur", "random_grid"), default="random_image")
-    add("--caption-dropout", type=float, default=0.2, help="share emptied (%(default)s)")
+    add("--caption-dropout", type=float, default=0.2, help="share emptied; default: %(default)s")
     add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=int, default=100, help="steps (%(default)s)")
+    add("--checkpoint-every", type=int, default=100, help="steps; default: %(default)s")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--precompute-reference", action="store_true", help="then hold no second UNet")
+    add("--precompute-reference", action="store_true", help="and then hold no second UNet")
     add("--sample-every", type=int, default=0, help="steps; 0: only before and after")
     args = parser.parse_args(argv)
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if not 0 <= args.caption_dropout <= 1 or args.sample_every < 0:
+        parser.error("--caption-dropout is a share, 0 to 1, and --sample-every 0 or more steps")
+
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.device = torch.device("cpu")
+    if torch.cuda.is_available():
+        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(args.device)
     if args.model is None:
-        args.model = "sd15" if torch.cuda.is_available() else "tiny"
-        if args.model == "tiny":
+        args.model = "sd15" if args.device.type == "cuda" else "tiny"
+        if args.model == "tiny" and args.rank == 0:
             print("No GPU found: training the tiny model in lab/tiny-sd, not Stable Diffusion 1.5.")
-    args.recipe = RECIPES.get(args.model) or RECIPES["sd15"]._replace(path=args.model)
-    for name in ("steps", "batch_size", "grad_accum", "lr", "beta"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(args.recipe, name))
-    for name in ("steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if not 0 <= args.caption_dropout <= 1:
-        parser.error("--caption-dropout is a share: 0 to 1")
     return args
 
 
@@ -110,21 +128,22 @@ class Row(NamedTuple):
     digest: str  # of the file's bytes: copies of a picture are one picture
 
 
-def read_rows(data: Path) -> list[Row]:
+def read_rows(data: Path, image_column: str, caption_column: str) -> list[Row]:
     """The rows of a jsonl, each picture decoded; exits with a sentence for each faulty line."""
+    data = data / "metadata.jsonl" if data.is_dir() else data
     try:
-        lines = data.read_text(encoding="utf-8").split("\n")
+        lines = data.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"--data wants a jsonl file in UTF-8: {error}")
+        sys.exit(f"--data wants a jsonl in UTF-8, or a folder with a metadata.jsonl: {error}")
     rows, faults = [], []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append(read_row(line, data.parent))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                rows.append(read_row(line, data.parent, image_column, caption_column))
+        except ValueError as error:
             faults.append(f"{data}, line {number}: {error}")
     if faults:
-        sys.exit("\n".join([*faults[:10], f"{len(faults)} faulty lines; nothing was trained."]))
+        sys.exit("\n".join([*faults[:10], f"{len(faults)} faulty lines: mend or remove them."]))
     # A loser has another picture and another caption: is there one for each row?
     by_digest, by_text = Counter(row.digest for row in rows), Counter(row.text for row in rows)
     by_both = Counter((row.digest, row.text) for row in rows)
@@ -136,78 +155,110 @@ def read_rows(data: Path) -> list[Row]:
     return rows
 
 
-def read_row(line: str, folder: Path) -> Row:
-    row = json.loads(line)
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ROW):
-        raise ValueError(f"not a row of the form {json.dumps(ROW)}")
-    file = folder / row["file_name"]
-    with Image.open(file) as picture:
-        picture.load()
-    return Row(file, row["text"].strip(), hashlib.sha256(file.read_bytes()).hexdigest())
+def read_row(line: str, folder: Path, image_column: str, caption_column: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
+    for column in (image_column, caption_column):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            wanted = json.dumps({image_column: "picture.png", caption_column: "its caption"})
+            raise ValueError(f"no text under {column!r}, the row should look like {wanted}")
+    file = folder / row[image_column]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            load_picture(file, 8)
+    except Exception as error:  # Pillow has many names for a broken file
+        raise ValueError(f"no picture under {image_column!r}: {error}, in {str(file)!r}") from None
+    return Row(file, row[caption_column].strip(), hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def load_picture(file: Path, size: int) -> Tensor:
     """Turned by its EXIF, flattened on white, cropped at the centre: [3, size, size] in -1..1."""
     with Image.open(file) as picture:
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+            picture = picture.point(lambda value: value * (1 / 256)).convert("L")
         rgba = ImageOps.exif_transpose(picture).convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    pixels = bytearray(ImageOps.fit(flat, (size, size)).tobytes())
-    return (
-        torch.frombuffer(pixels, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1) / 127.5 - 1
-    )
+    raw = bytearray(ImageOps.fit(flat, (size, size)).tobytes())
+    pixels = torch.frombuffer(raw, dtype=torch.uint8).view(size, size, 3)
+    return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
 class Data(NamedTuple):
     """Everything the steps read, on the CPU: N rows with M different captions."""
 
+    files: list[Path]  # [N]
     latents: Tensor  # [N, C, h, w], clean and scaled
     downgraded: Tensor | None  # [N, C, h, w], each row's own loser; None: another row is the loser
     picture: Tensor  # [N], the same number for the same picture
-    caption: Tensor  # [N], index into conditions
-    conditions: Tensor  # [M + 1, S, D], the last one for ""
+    caption: Tensor  # [N], index into what follows, in which the last row is for ""
+    conditions: Tensor  # [M + 1, S, D]
+    pooled: Tensor | None  # [M + 1, P], SDXL only
+    time_ids: Tensor | None  # [6], SDXL only: original size, crop, target size
+
+
+def encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    names = ("vae", "text_encoder", "text_encoder_2")
+    return [getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None]
 
 
 @torch.no_grad()
-def encode(pipe: DiffusionPipeline, rows: list[Row], args, device: str) -> Data:
-    """Each picture through the VAE, each caption through the text encoder, once and for all."""
-    pipe.vae.to(device), pipe.text_encoder.to(device)
+def encode(pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace) -> Data:
+    """Each picture through the VAE, each caption through the text encoders, once and for all."""
+    for module in encoders(pipe):
+        module.to(args.device)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    swaps = generator(args.seed, "random_grid")
-    downgrade = {
-        "random_image": None,
-        "blur": sudo.blur,
-        "random_grid": lambda pixels: sudo.random_grid(pixels, generator=swaps),
-    }[args.downgrade]
+    own_loser = args.downgrade != "random_image"
+    swaps = {"generator": generator(args.seed, "swaps")} if args.downgrade == "random_grid" else {}
 
     def to_latents(pixels: Tensor) -> Tensor:
-        posterior = pipe.vae.encode(pixels.to(device)).latent_dist
+        # SDXL's VAE overflows in fp16.
+        with nullcontext() if is_sdxl(pipe) else half_precision(args, torch.float16):
+            posterior = pipe.vae.encode(pixels.to(args.device)).latent_dist
         return (posterior.mode() * pipe.vae.config.scaling_factor).cpu()
 
-    latents, downgraded, conditions = [], [], []
+    latents, downgraded, prompts = [], [], []
     texts = [*dict.fromkeys(row.text for row in rows if row.text), ""]
-    with half_precision(device, torch.float16):
-        for i in tqdm(range(0, len(rows), 8), "encoding pictures", leave=False):
-            pixels = torch.stack([load_picture(row.file, size) for row in rows[i : i + 8]])
-            latents.append(to_latents(pixels))
-            if downgrade:
-                downgraded.append(to_latents(downgrade(pixels)))
-        for i in tqdm(range(0, len(texts), 32), "encoding captions", leave=False):
-            conditions.append(pipe.encode_prompt(texts[i : i + 32], device, 1, False)[0].cpu())
-    pipe.vae.to("cpu"), pipe.text_encoder.to("cpu")
+    at_once = 8 if size <= 512 else 1
+    for i in progress(range(0, len(rows), at_once), "encoding pictures", args):
+        pixels = torch.stack([load_picture(row.file, size) for row in rows[i : i + at_once]])
+        latents.append(to_latents(pixels))
+        if own_loser:
+            downgraded.append(to_latents(getattr(sudo, args.downgrade)(pixels, **swaps)))
+    for i in progress(range(0, len(texts), 32), "encoding captions", args):
+        with half_precision(args, torch.float16):
+            prompt = pipe.encode_prompt(
+                texts[i : i + 32],
+                device=args.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+        prompts.append([part.float().cpu() for part in prompt if part is not None])
+    for module in encoders(pipe):
+        module.to("cpu")
 
-    digests = list(dict.fromkeys(row.digest for row in rows))
+    picture, caption = {}, {text: i for i, text in enumerate(texts)}
+    conditions, *pooled = (torch.cat(parts) for parts in zip(*prompts))
     return Data(
+        files=[row.file for row in rows],
         latents=torch.cat(latents),
-        downgraded=torch.cat(downgraded) if downgrade else None,
-        picture=numbered([row.digest for row in rows], digests),
-        caption=numbered([row.text for row in rows], texts),
-        conditions=torch.cat(conditions),
+        downgraded=torch.cat(downgraded) if own_loser else None,
+        picture=torch.tensor([picture.setdefault(row.digest, len(picture)) for row in rows]),
+        caption=torch.tensor([caption[row.text] for row in rows]),
+        conditions=conditions,
+        pooled=pooled[0] if pooled else None,
+        time_ids=torch.tensor([size, size, 0, 0, size, size]) if pooled else None,
     )
 
 
-def numbered(values: list[str], of: list[str]) -> Tensor:
-    number = {value: i for i, value in enumerate(of)}
-    return torch.tensor([number[value] for value in values])
+def is_sdxl(pipe: DiffusionPipeline) -> bool:
+    return getattr(pipe, "text_encoder_2", None) is not None
+
+
+def progress(steps: Iterable, name: str, args: argparse.Namespace, **options) -> tqdm:
+    return tqdm(steps, name, disable=args.rank > 0, **options)
 
 
 # ------------------------------------------- what is random in a step
@@ -228,9 +279,9 @@ class Draw(NamedTuple):
     noise: Tensor  # [G, C, h, w]
 
 
-def draw(data: Data, step: int, batch: int, args, num_timesteps: int) -> Draw:
+def draw(data: Data, step: int, args: argparse.Namespace, num_timesteps: int) -> Draw:
     """A step's draw. Rows come in epochs, shuffled: each of them once before any comes again."""
-    N = len(data.latents)
+    N, batch = len(data.latents), args.batch_size * args.grad_accum * args.world
     places = range(step * batch, (step + 1) * batch)
     epochs = {place // N for place in places}
     order = {e: torch.randperm(N, generator=generator(args.seed, "epoch", e)) for e in epochs}
@@ -249,196 +300,258 @@ def draw(data: Data, step: int, batch: int, args, num_timesteps: int) -> Draw:
     return Draw(rows, losers, captions, timesteps, noise)
 
 
-def micro_batches(data: Data, step: int, args, num_timesteps: int, device: str) -> Iterator[dict]:
-    """The tensors of a step's forward passes, by the names that `sudo_loss` has for them."""
-    d = draw(data, step, args.batch_size * args.grad_accum, args, num_timesteps)
-    losers = data.latents[d.losers] if data.downgraded is None else data.downgraded[d.rows]
-    for i in range(0, len(d.rows), args.batch_size):
-        cut = slice(i, i + args.batch_size)
+def micro_batches(data: Data, step: int, args: argparse.Namespace, scheduler) -> Iterator[dict]:
+    """What this process passes to `sudo_loss`, by name, for each forward pass of a step."""
+    d = draw(data, step, args, scheduler.config.num_train_timesteps)
+    for k in range(args.grad_accum):
+        i = (k * args.world + args.rank) * args.batch_size
+        rows, losers, captions, timesteps, noise = (x[i : i + args.batch_size] for x in d)
+        loser_latents = data.latents[losers] if data.downgraded is None else data.downgraded[rows]
         batch = {
-            "latents": data.latents[d.rows[cut]],
-            "encoder_hidden_states": data.conditions[d.captions[cut]],
-            "losers": losers[cut],
-            "noise": d.noise[cut],
-            "timesteps": d.timesteps[cut],
+            "latents": data.latents[rows],
+            "losers": loser_latents,
+            "encoder_hidden_states": data.conditions[captions],
+            "noise": noise,
+            "timesteps": timesteps,
             # Under "" no picture is the better one: there is nothing to prefer.
-            "pair_weight": (d.captions[cut] != len(data.conditions) - 1).float(),
+            "pair_weight": (captions != len(data.conditions) - 1).float(),
         }
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+        if data.pooled is not None:
+            batch["added_cond_kwargs"] = {
+                "text_embeds": data.pooled[captions].to(args.device),
+                "time_ids": data.time_ids.expand(len(rows), -1).to(args.device),
+            }
+        yield batch
 
 
 # ------------------------------------------- training
 
 
-def half_precision(device: str, dtype: torch.dtype = torch.bfloat16):
-    """Autocast on a GPU that has the dtype, nothing elsewhere; the weights stay fp32."""
-    has_it = device == "cuda" and (dtype is torch.float16 or torch.cuda.is_bf16_supported())
-    return torch.autocast(device, dtype) if has_it else nullcontext()
+def half_precision(args: argparse.Namespace, dtype: torch.dtype = torch.bfloat16):
+    """Autocast on a GPU whose hardware has the dtype, nothing elsewhere; the weights stay fp32."""
+    has_bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    if has_bf16 or (args.device.type == "cuda" and dtype is torch.float16):
+        return torch.autocast("cuda", dtype)
+    return nullcontext()
 
 
 def sft_loss(
-    unet, scheduler, latents, encoder_hidden_states, noise, timesteps
+    unet, scheduler, latents, encoder_hidden_states, noise, timesteps, **unet_kwargs
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The MSE term of Eq. 9 alone, on the winners alone: what SUDO is compared with."""
     noisy = sudo.add_noise(latents, noise, timesteps, scheduler.alphas_cumprod)
     target = sudo.training_target(latents, noise, timesteps, scheduler)
-    loss = (unet(noisy, timesteps, encoder_hidden_states).sample.float() - target).square().mean()
+    prediction = unet(noisy, timesteps, encoder_hidden_states, **unet_kwargs).sample
+    loss = (prediction.float() - target).square().mean()
     return loss, dict.fromkeys(("loss", "mse", "winner_error"), loss.detach())
 
 
 @torch.no_grad()
-def reference_errors(pipe: DiffusionPipeline, data: Data, args, device: str) -> Tensor:
-    """The reference's errors in every forward pass of the run: [steps * grad_accum, 2 * batch]."""
-    errors = []
-    for step in tqdm(range(args.steps), "reference errors"):
-        T = pipe.scheduler.config.num_train_timesteps
-        for batch in micro_batches(data, step, args, T, device):
-            draws = {name: batch[name] for name in ("noise", "timesteps")}
-            pairs = sudo.make_pairs(pipe.scheduler, batch["latents"], batch["losers"], **draws)
-            with half_precision(device):
-                condition = batch["encoder_hidden_states"]
-                errors.append(sudo.denoising_error(pipe.unet, pairs, condition).cpu())
-    return torch.stack(errors)
+def reference_errors(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace) -> Tensor:
+    """The reference's errors in each forward pass of the run: [steps, passes in a step, 2B]."""
+    passes = args.grad_accum * args.world
+    errors = torch.zeros(args.steps, passes, 2 * args.batch_size, device=args.device)
+    for step in progress(range(args.steps), "reference errors", args):
+        for k, batch in enumerate(micro_batches(data, step, args, pipe.scheduler)):
+            del batch["pair_weight"]
+            winners, losers = batch.pop("latents"), batch.pop("losers")
+            draws = {name: batch.pop(name) for name in ("noise", "timesteps")}
+            pairs = sudo.make_pairs(pipe.scheduler, winners, losers, **draws)
+            with half_precision(args):
+                error = sudo.denoising_error(pipe.unet, pairs, **batch)
+            errors[step, k * args.world + args.rank] = error
+    if args.world > 1:
+        dist.all_reduce(errors)  # the other processes' entries are 0
+    return errors
 
 
-def train(pipe: DiffusionPipeline, data: Data, args, device: str, show: Callable) -> None:
+def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: Callable) -> None:
     """Train pipe.unet in place; show(step) is called every --sample-every steps."""
-    unet, T = pipe.unet.to(device).train(), pipe.scheduler.config.num_train_timesteps
-    if args.recipe.checkpointing:
+    # In eval mode, as the reference is. There is no dropout to lose, but in training mode diffusers
+    # lays tensors out differently, kernels round differently, and u is not quite 0 at the start.
+    unet, scheduler = pipe.unet.to(args.device).eval(), pipe.scheduler
+    if args.model != "tiny":  # which is faster without, and has the memory
         unet.enable_gradient_checkpointing()
 
     reference = table = None
     if args.loss == "sudo" and args.precompute_reference:
         file = args.output / "reference.safetensors"
-        if not file.exists():  # so the run begins here: policy and reference are still the same
-            unfinished = file.with_suffix(".tmp")
-            save_file({"errors": reference_errors(pipe, data, args, device)}, unfinished)
-            unfinished.replace(file)
-        table = load_file(file, device)["errors"]
+        if file.exists():
+            table = load_file(file, str(args.device))["errors"]
+        else:  # the run begins here: policy and reference are still the same weights
+            table = reference_errors(pipe, data, args)
+            if args.rank == 0:
+                save_file({"errors": table.cpu()}, args.output / "unfinished.safetensors")
+                (args.output / "unfinished.safetensors").rename(file)
     elif args.loss == "sudo":
         reference = sudo.frozen_copy(unet)
 
-    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=1e-2, fused=True)
-    start = restore(args.output, unet, optimizer, device) if args.resume else 0
-    bar = tqdm(range(start, args.steps), args.loss, initial=start, total=args.steps)
-    for step in bar:
-        began = time.perf_counter()
-        sums, counts = Counter(), Counter()
-        for k, batch in enumerate(micro_batches(data, step, args, T, device)):
-            pairs_with_weight = batch["pair_weight"].sum()
-            with half_precision(device):
-                if args.loss == "sft":
-                    del batch["losers"], batch["pair_weight"]
-                    loss, metrics = sft_loss(unet, pipe.scheduler, **batch)
-                else:
-                    ref = reference or table[step * args.grad_accum + k]
-                    loss, metrics = sudo.sudo_loss(
-                        unet, ref, pipe.scheduler, **batch, beta=args.beta
-                    )
-            (loss / args.grad_accum).backward()
-            for name, value in metrics.items():
-                over_pairs = name in ("dpo", "margin", "implicit_acc", "saturated")
-                count = pairs_with_weight if over_pairs else args.batch_size
-                sums[name] += value * count
-                counts[name] += count
+    if is_sdxl(pipe):  # as in the paper
+        fixed_lr = {"scale_parameter": False, "relative_step": False}
+        optimizer = Adafactor(unet.parameters(), args.lr, weight_decay=1e-2, **fixed_lr)
+    else:
+        optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=1e-2, fused=True)
+    start = restore(unet, optimizer, args) if args.resume else 0
+    policy = DistributedDataParallel(unet) if args.world > 1 else unet
 
+    def backward(batch: dict, ref: Callable | Tensor | None) -> tuple[list[str], Tensor]:
+        """A forward and backward pass; names of its metrics, their sums and what to divide by."""
+        with half_precision(args):
+            if args.loss == "sft":
+                winners = {k: v for k, v in batch.items() if k not in ("losers", "pair_weight")}
+                loss, metrics = sft_loss(policy, scheduler, **winners)
+            else:
+                loss, metrics = sudo.sudo_loss(policy, ref, scheduler, **batch, beta=args.beta)
+        (loss / args.grad_accum).backward()
+        weight = batch["pair_weight"]
+        counted = {True: weight.sum(), False: torch.ones_like(weight).sum()}
+        counts = torch.stack([counted[name in OVER_PAIRS] for name in metrics])
+        return list(metrics), torch.stack([torch.stack(list(metrics.values())) * counts, counts])
+
+    # A rehearsal, whose gradients are dropped: the second pass is warm and tells the time.
+    batch = next(micro_batches(data, start, args, scheduler))
+    ref = reference if table is None else table[0, 0]
+    for _ in range(2):
+        began = time.perf_counter()
+        backward(batch, ref)[1].tolist()
+    optimizer.zero_grad()
+    if args.rank == 0:
+        seconds = (time.perf_counter() - began) * args.grad_accum * (args.steps - start)
+        announce(args, pipe, len(data.latents), seconds)
+
+    bar = progress(range(start, args.steps), args.loss, args, initial=start, total=args.steps)
+    for step in bar:
+        began, sums = time.perf_counter(), 0
+        for k, batch in enumerate(micro_batches(data, step, args, scheduler)):
+            ref = reference if table is None else table[step, k * args.world + args.rank]
+            # Processes average their gradients once a step, in its last backward pass.
+            apart = args.world > 1 and k + 1 < args.grad_accum
+            with policy.no_sync() if apart else nullcontext():
+                names, more = backward(batch, ref)
+            sums = sums + more
+        if args.world > 1:
+            dist.all_reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
-        means = {name: float(sums[name] / max(counts[name], 1)) for name in sums}
-        if not math.isfinite(means["loss"] + float(norm)):
+        *means, norm = torch.cat([sums[0] / sums[1].clamp(min=1), norm[None]]).tolist()
+        means = dict(zip(names, means))
+        if not math.isfinite(means["loss"] + norm):
+            names = ", ".join(data.files[i].name for i in draw(data, step, args, 1).rows[:8])
             sys.exit(
                 f"Stopped before the update of step {step}: its loss is {means['loss']}, its "
-                f"gradient's norm {float(norm)}. A lower --lr or --beta may help; the checkpoints "
-                f"in {args.output} are whole."
+                f"gradient norm {norm}. Its first pictures: {names}. If they are in order, begin a "
+                f"new --output with a lower --lr; {args.output} keeps its last checkpoint."
             )
+
         lr = args.lr * min(1.0, (step + 1) / max(1, round(WARMUP * args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
-        row = {"step": step, "lr": lr, **means, "seconds": time.perf_counter() - began}
-        with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-        shown = {name: means.get(name) for name in ("loss", "margin", "implicit_acc")}
-        bar.set_postfix(
-            {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
-        )
         done = step + 1
-        if done % args.checkpoint_every == 0 or done == args.steps:
-            checkpoint(args.output, done, unet, optimizer)
-        if args.sample_every and done % args.sample_every == 0 and done < args.steps:
-            show(done)
+        if args.rank == 0:
+            seconds = time.perf_counter() - began
+            row = {"step": step, "lr": lr, **means, "grad_norm": norm, "seconds": seconds}
+            with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+            shown = ("loss", "margin", "implicit_acc", "winner_drift")
+            bar.set_postfix({name: f"{means[name]:.3f}" for name in shown if name in means})
+            if done % args.checkpoint_every == 0 or done == args.steps:
+                checkpoint(args.output, done, unet, optimizer)
+            if args.sample_every and done % args.sample_every == 0 and done < args.steps:
+                show(done)
 
 
-# ------------------------------------------- what a run leaves behind
+# ------------------------------------------- what a person sees, and what a run leaves behind
 
 
-def open_run(args, rows: list[Row]) -> None:
-    """Claim the output folder for this run, or check that it holds this very run to resume."""
-    names = "model steps batch_size grad_accum lr beta loss downgrade caption_dropout seed"
+def check_output(args: argparse.Namespace) -> None:
+    """Exit if --output cannot take the run, before anything slow starts."""
+    begun = (args.output / "run.json").exists()
+    if args.resume and not begun:
+        sys.exit(f"{args.output} holds no run to resume: leave out --resume to begin one.")
+    # A run that ended before its first step left its run.json alone and gives way to the next.
+    if not args.resume and args.output.exists():
+        if not args.output.is_dir() or any(f.name != "run.json" for f in args.output.iterdir()):
+            sys.exit(f"{args.output} is in use: name a new --output, or --resume the run in it.")
+
+
+def open_run(args: argparse.Namespace, rows: list[Row]) -> None:
+    """Note in --output which run it is of, or check that it holds this very run to resume."""
+    names = "model steps batch_size grad_accum world lr beta loss downgrade caption_dropout seed"
     run = {name: getattr(args, name) for name in (*names.split(), "precompute_reference")}
     content = [(row.digest, row.text) for row in rows]
     run["data"] = f"{len(rows)} rows with checksum {zlib.crc32(repr(content).encode()):08x}"
     file = args.output / "run.json"
-    if args.resume:
-        if not file.exists():
-            sys.exit(
-                f"{args.output} holds no run to resume: leave out --resume to begin one there."
-            )
-        begun = json.loads(file.read_text(encoding="utf-8"))
-        changes = [
-            f"{k} was {begun.get(k)} and is {v}" for k, v in run.items() if begun.get(k) != v
-        ]
-        if changes:
-            sys.exit(f"The run in {args.output} is another: {'; '.join(changes)}.")
-    elif args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        sys.exit(
-            f"{args.output} is in use: name a new --output, or --resume the run that it holds."
-        )
-    else:
+    if not args.resume:
         args.output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        return
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name in run if begun.get(name) != run[name]]
+    if changed:
+        changes = "; ".join(f"{k} was {begun.get(k)} and is {run[k]}" for k in changed)
+        sys.exit(f"The run in {args.output} is another: {changes}.")
+
+
+def announce(args: argparse.Namespace, pipe: DiffusionPipeline, N: int, seconds: float) -> None:
+    """One line: what is trained on what, in how much memory and how long."""
+    weights = 4 * sum(p.numel() for p in pipe.unet.parameters())
+    copies = 2 + (args.loss == "sudo" and not args.precompute_reference)  # gradients, reference
+    held = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else copies * weights
+    moments = 0 if is_sdxl(pipe) else 2 * weights  # Adafactor's are rows and columns
+    print(
+        f"{args.loss}: {args.path} on {N} pictures, {args.steps} steps of "
+        f"{args.batch_size * args.grad_accum * args.world} pairs, lr {args.lr:g}, β {args.beta:g}. "
+        f"It takes {(held + moments) / 1e9:.2g} GB and about {seconds / 60:.2g} minutes on "
+        f"{args.world} x {args.device.type}."
+    )
 
 
 def checkpoint(output: Path, step: int, unet, optimizer) -> None:
     """Write beside, then rename into place, so that a checkpoint is whole or not there at all."""
     beside = output / "unfinished"
     shutil.rmtree(beside, ignore_errors=True)
-    unet.save_pretrained(beside)
+    unet.save_pretrained(beside, max_shard_size="1TB")  # one file, SDXL's too
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
     beside.rename(output / f"checkpoint-{step:06d}")
     for old in sorted(output.glob("checkpoint-*"))[:-2]:
         shutil.rmtree(old)
 
 
-def restore(output: Path, unet, optimizer, device: str) -> int:
+def restore(unet, optimizer, args: argparse.Namespace) -> int:
     """Load the newest checkpoint, cut metrics.jsonl back to it and return its step, 0 for none."""
-    newest = max(output.glob("checkpoint-*"), default=None)
+    newest = max(args.output.glob("checkpoint-*"), default=None)
     start = int(newest.name.removeprefix("checkpoint-")) if newest else 0
     if newest:
-        weights = load_file(newest / "diffusion_pytorch_model.safetensors", device)
+        weights = load_file(newest / "diffusion_pytorch_model.safetensors", str(args.device))
         unet.load_state_dict(weights)
-        optimizer.load_state_dict(torch.load(newest / "optimizer.pt", device, weights_only=True))
-    log = output / "metrics.jsonl"
-    if log.exists():
+        state = torch.load(newest / "optimizer.pt", args.device, weights_only=True)
+        optimizer.load_state_dict(state)
+    log = args.output / "metrics.jsonl"
+    if args.rank == 0 and log.exists():
         kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[:start]
         log.write_text("".join(kept), encoding="utf-8")
     return start
 
 
 @torch.no_grad()
-def sample(pipe: DiffusionPipeline, prompts: list[str], args, device: str) -> list[Image.Image]:
-    """A picture for each prompt from fixed seeds; leaves the VAE and text encoder on the CPU."""
-    pipe.to(device).set_progress_bar_config(desc="sampling", leave=False)
-    pipe.unet.eval()
-    with half_precision(device):
-        pictures = pipe(
-            prompts,
-            guidance_scale=args.recipe.guidance,
-            num_inference_steps=30,
-            generator=[torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))],
-        ).images
-    pipe.unet.train(), pipe.vae.to("cpu"), pipe.text_encoder.to("cpu")
+def sample(
+    pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace
+) -> list[Image.Image]:
+    """A picture for each prompt from fixed seeds; leaves VAE and text encoders on the CPU."""
+    pipe.to(args.device).set_progress_bar_config(desc="sampling", leave=False)
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        seed = torch.Generator().manual_seed(args.seed + i)
+        with half_precision(args):
+            options = {"guidance_scale": args.guidance, "num_inference_steps": SAMPLING_STEPS}
+            pictures += pipe(prompt, generator=seed, **options).images
+    for module in encoders(pipe):
+        module.to("cpu")
     return pictures
 
 
@@ -457,45 +570,81 @@ def sheet(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image
     return canvas
 
 
-def load_pipeline(path: str) -> DiffusionPipeline:
+def load_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
+    """The pipeline that --model names; what the flags leave open is filled in from its recipe."""
+    args.path = RECIPES[args.model].path if args.model in RECIPES else args.model
     try:
-        return DiffusionPipeline.from_pretrained(
-            path, safety_checker=None, requires_safety_checker=False
-        )
+        no_checker = {"safety_checker": None, "requires_safety_checker": False}
+        pipe = DiffusionPipeline.from_pretrained(args.path, dtype=torch.float32, **no_checker)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         sys.exit(
-            f"No pipeline could be loaded from {path!r}: {reason}\n"
-            "--model takes tiny, sd15, a folder that holds a diffusers pipeline, or the name of "
-            "one on a hub that can be reached."
+            f"No pipeline could be loaded from {args.path!r}: {reason}\n"
+            "--model takes the folder of a diffusers pipeline, the name of one on a hub that can "
+            "be reached, or tiny."
         )
+    scheduler, unet = pipe.scheduler, getattr(pipe, "unet", None)
+    if (
+        unet is None
+        or not hasattr(pipe, "vae")
+        or unet.config.in_channels != pipe.vae.config.latent_channels
+        or not hasattr(scheduler, "alphas_cumprod")
+        or scheduler.config.prediction_type not in ("epsilon", "v_prediction")
+    ):
+        sys.exit(
+            f"{args.path} is no text-to-image pipeline like Stable Diffusion 1, 2 or XL "
+            "with epsilon- or v-prediction, and no other can be trained here."
+        )
+    recipe = RECIPES[args.model if args.model in RECIPES else "sdxl" if is_sdxl(pipe) else "sd15"]
+    for name, value in recipe._asdict().items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return pipe
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = read_rows(args.data)
-    pipe = load_pipeline(args.recipe.path)
-    open_run(args, rows)
-    print(
-        f"{args.loss} of {args.recipe.path} on {len(rows)} pictures: {args.steps} steps of "
-        f"{args.batch_size * args.grad_accum} pairs, lr {args.lr:g}, β {args.beta:g}, on {device}."
-    )
-    data = encode(pipe, rows, args, device)
+    if args.rank == 0:
+        check_output(args)
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    rows = read_rows(args.data, args.image_column, args.caption_column)
+    pipe = load_pipeline(args)
+    if args.rank == 0:
+        open_run(args, rows)
+    try:
+        fine_tune(pipe, rows, args)
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "Out of GPU memory. --precompute-reference saves the second UNet; half the "
+            "--batch-size with twice the --grad-accum is the same step."
+        )
+    if args.world > 1:
+        dist.destroy_process_group()
+
+
+def fine_tune(pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace) -> None:
+    data = encode(pipe, rows, args)
     prompts = list(dict.fromkeys(row.text for row in rows))[:PROMPTS]
-    before = sample(pipe, prompts, args, device)
+    before = sample(pipe, prompts, args) if args.rank == 0 else None
 
     def show(name: str, file: str) -> None:
-        now = sample(pipe, prompts, args, device)
+        now = sample(pipe, prompts, args)
         sheet({"before": before, name: now}, prompts).save(args.output / file)
 
-    train(pipe, data, args, device, lambda step: show(f"step {step}", f"samples-{step:06d}.png"))
-    show("after", "samples.png")
-    pipe.save_pretrained(args.output)
-    print(
-        f"The pipeline: DiffusionPipeline.from_pretrained('{args.output}'). Before and after: "
-        f"{args.output / 'samples.png'}. Every step: {args.output / 'metrics.jsonl'}."
-    )
+    train(pipe, data, args, lambda step: show(f"step {step}", f"samples-{step:06d}.png"))
+    if args.rank == 0:
+        show("after", "samples.png")
+        pipe.save_pretrained(args.output)
+        code = (
+            "from diffusers import DiffusionPipeline as P; "
+            f"P.from_pretrained({str(args.output)!r})({prompts[0]!r}, "
+            f"guidance_scale={args.guidance}).images[0].save('sample.png')"
+        )
+        print(
+            f"The pipeline is {args.output}; there, samples.png shows before and after, and "
+            f"metrics.jsonl every step. A picture from it:\npython -c {shlex.quote(code)}"
+        )
 
 
 if __name__ == "__main__":

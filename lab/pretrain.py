@@ -26,11 +26,11 @@ import world
 LAB = Path(__file__).parent
 TINY_SD = LAB / "tiny-sd"
 SEED = 0
-PICTURES_PER_CAPTION = 20
-WRONG, DROPPED = 0.30, 0.15  # shares of the captions in pretraining
+PICTURES_PER_CAPTION = 30
+WRONG, DROPPED = 0.30, 0.10  # shares of the captions in pretraining
 BATCH = 64
 VAE_STEPS, VAE_LR, KL_WEIGHT = 3000, 2e-3, 1e-5
-UNET_STEPS, UNET_LR = 8000, 1.5e-3
+UNET_STEPS, UNET_LR = 7500, 1.5e-3
 SAMPLES = 384  # rows of captions.jsonl
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -150,7 +150,7 @@ def pretrain_unet(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
-            intermediate_size=256,
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.model_max_length,

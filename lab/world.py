@@ -1,6 +1,6 @@
 """A small world of captioned scenes with an exact judge: `draw` a scene, `read` it off its picture.
 
-A scene is two shapes of different colours, one left of or above the other, on a plain ground:
+A scene is two different shapes, one left of the other, on a plain ground:
 
     text = "a red circle left of a blue square on a white background"
     scene = place(text, random.Random(0))  # positions and sizes, which the caption leaves open
@@ -28,13 +28,12 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle")
-RELATIONS = ("left of", "above")
 
 GRID = 32  # `read` works on GRID x GRID pixels; tiny-sd paints as many
 SIZES = (0.23, 0.30)  # of a shape: the side of the square of the same area, in picture widths
 GAP = 0.06  # least distance between two shapes and MARGIN to the edge, in picture widths
 MARGIN = 0.03
-SLANT = 0.16  # most that two shapes are apart across their relation's axis
+SLANT = 0.16  # most that one shape lies higher than the other, in picture widths
 
 
 class Thing(NamedTuple):
@@ -48,53 +47,46 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    things: tuple[Thing, ...]  # as drawn or as read: from left to right or from top to bottom
+    things: tuple[Thing, ...]  # from left to right
     background: str
 
 
 # ---------------------------------------------------------------------------------------- captions
 
-CAPTION = re.compile(
-    f"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({'|'.join(RELATIONS)}) "
-    f"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) on a ({'|'.join(BACKGROUNDS)}) background"
-)
+THING = f"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+CAPTION = re.compile(f"{THING} left of {THING} on a ({'|'.join(BACKGROUNDS)}) background")
 
 
 def captions(split: str) -> list[str]:
-    """All captions of a split: "train" (1296), "validation" (108) or "test" (216), none in two.
+    """All captions of a split: "train" (756), "validation" (54) or "test" (108), none in two.
 
     Only those of "train" are ever trained on. Choose on "validation", report on "test".
     """
-    things = list(product(COLOURS, SHAPES))
+    things = [f"a {colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
     every = [
-        f"a {a[0]} {a[1]} {relation} a {b[0]} {b[1]} on a {background} background"
+        f"{a} left of {b} on a {background} background"
         for a, b in permutations(things, 2)
-        if a[0] != b[0]
-        for relation in RELATIONS
         for background in BACKGROUNDS
     ]
     random.Random(0).shuffle(every)
-    start, stop = {"test": (0, 216), "validation": (216, 324), "train": (324, None)}[split]
+    start, stop = {"test": (0, 108), "validation": (108, 162), "train": (162, None)}[split]
     return every[start:stop]
 
 
 def caption(scene: Scene) -> str | None:
-    """The caption of a scene; None where it is not two whole shapes."""
+    """The caption of a scene; None where it is not one whole shape left of another."""
     if len(scene.things) != 2 or None in (thing.shape for thing in scene.things):
         return None
     a, b = scene.things
+    if not _left_of(a, b):
+        return None
     return (
-        f"a {a.colour} {a.shape} {_relation(a, b)} a {b.colour} {b.shape} "
-        f"on a {scene.background} background"
+        f"a {a.colour} {a.shape} left of a {b.colour} {b.shape} on a {scene.background} background"
     )
 
 
-def _relation(a: Thing, b: Thing) -> str | None:
-    """How a stands to b along the axis on which they are further apart; None if it comes second."""
-    dx, dy = b.x - a.x, b.y - a.y
-    if abs(dx) > abs(dy):
-        return "left of" if dx > 0 else None
-    return "above" if dy > 0 else None
+def _left_of(a: Thing, b: Thing) -> bool:
+    return b.x - a.x > abs(b.y - a.y)
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -109,7 +101,7 @@ def _outline(shape: str, size: float) -> tuple[float, float, float, float]:
         return -size / 2, -size / 2, size / 2, size / 2
     side = (
         sqrt(2) * size
-    )  # triangle: as wide as it is high, its tip up, centroid at 2/3 of the height
+    )  # of a triangle as wide as high, its centroid a third of that above its base
     return -side / 2, -side * 2 / 3, side / 2, side / 3
 
 
@@ -118,7 +110,7 @@ def place(text: str, rng: random.Random) -> Scene:
     match = CAPTION.fullmatch(text)
     if match is None:
         raise ValueError(f"not a caption of this world: {text!r}")
-    colour_a, shape_a, relation, colour_b, shape_b, background = match.groups()
+    colour_a, shape_a, colour_b, shape_b, background = match.groups()
     while True:
         sizes = rng.uniform(*SIZES), rng.uniform(*SIZES)
         boxes = _outline(shape_a, sizes[0]), _outline(shape_b, sizes[1])
@@ -129,11 +121,8 @@ def place(text: str, rng: random.Random) -> Scene:
             )
             for left, top, right, bottom in boxes
         )
-        if relation == "left of":
-            gap, slant = (bx + boxes[1][0]) - (ax + boxes[0][2]), abs(by - ay)
-        else:
-            gap, slant = (by + boxes[1][1]) - (ay + boxes[0][3]), abs(bx - ax)
-        if gap >= GAP and slant <= SLANT:
+        gap = (bx + boxes[1][0]) - (ax + boxes[0][2])
+        if gap >= GAP and abs(by - ay) <= SLANT:
             break
     a = Thing(colour_a, shape_a, ax, ay, sizes[0])
     b = Thing(colour_b, shape_b, bx, by, sizes[1])
@@ -145,16 +134,14 @@ def _paint(picture: Image.Image, thing: Thing, fill) -> None:
         picture.width * (centre + offset)
         for centre, offset in zip((thing.x, thing.y) * 2, _outline(thing.shape, thing.size))
     )
-    # Pillow colours the pixel at the right and bottom coordinate too, hence the - 1.
+    right, bottom = right - 1, bottom - 1  # Pillow fills the last pixel too
     brush = ImageDraw.Draw(picture)
     if thing.shape == "circle":
-        brush.ellipse((left, top, right - 1, bottom - 1), fill)
+        brush.ellipse((left, top, right, bottom), fill)
     elif thing.shape == "square":
-        brush.rectangle((left, top, right - 1, bottom - 1), fill)
+        brush.rectangle((left, top, right, bottom), fill)
     else:
-        brush.polygon(
-            ((left, bottom - 1), (right - 1, bottom - 1), ((left + right - 1) / 2, top)), fill
-        )
+        brush.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill)
 
 
 def draw(scene: Scene, size: int = GRID) -> Image.Image:
@@ -175,9 +162,9 @@ ALIKE = 0.8  # least overlap (intersection over union) of a thing with the shape
 def read(picture: Image.Image) -> Scene:
     """The scene in a square picture of any size, from its pixels alone.
 
-    The border's median is the background, each connected patch that differs from it a thing with
-    the patch's median colour. Its coverage gives area and centroid; its shape is the one which,
-    drawn there with that area, overlaps it best, or None where none overlaps it well.
+    The border's median is the background, each connected patch that differs from it a thing, with
+    the colour of its pixel of median contrast. Its coverage gives area and centroid; its shape is
+    the one which, drawn there with that area, overlaps it best, or None if none overlaps it well.
     """
     small = picture.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX)
     pixels = torch.tensor(list(small.tobytes()), dtype=torch.float32).view(GRID, GRID, 3) / 255
@@ -186,7 +173,8 @@ def read(picture: Image.Image) -> Scene:
 
     things = []
     for patch in _patches((pixels - border).norm(dim=-1) > SEEN):
-        ink = pixels[patch].median(0).values
+        inside = pixels[patch]
+        ink = inside[(inside - border).norm(dim=-1).argsort()[len(inside) // 2]]
         # A pixel at the edge is a mix of ink and background: how much of it is ink?
         coverage = ((pixels - border) @ (ink - border) / (ink - border).square().sum()).clamp(0, 1)
         coverage = coverage * _grown(patch)
@@ -199,9 +187,7 @@ def read(picture: Image.Image) -> Scene:
         ]
         overlap, best = max((_overlap(coverage, guess), guess) for guess in guesses)
         things.append(best if overlap >= ALIKE else best._replace(shape=None))
-    if len(things) == 2 and _relation(*things) is None:
-        things.reverse()
-    return Scene(tuple(things), background)
+    return Scene(tuple(sorted(things, key=lambda thing: thing.x)), background)
 
 
 def _nearest(rgb: torch.Tensor, palette: dict) -> str:
@@ -245,12 +231,12 @@ def score(picture: Image.Image, text: str) -> tuple[bool, float]:
     those count that fit the caption best, but only two and no other can match it whole.
     """
     scene = read(picture)
-    colour_a, shape_a, relation, colour_b, shape_b, background = CAPTION.fullmatch(text).groups()
+    colour_a, shape_a, colour_b, shape_b, background = CAPTION.fullmatch(text).groups()
 
     def right(a: Thing | None, b: Thing | None) -> int:
         pairs = ((a, colour_a, shape_a), (b, colour_b, shape_b))
         hits = sum((t.colour == c) + (t.shape == s) for t, c, s in pairs if t is not None)
-        return hits + (a is not None and b is not None and _relation(a, b) == relation)
+        return hits + (a is not None and b is not None and _left_of(a, b))
 
     things = [*scene.things, None, None]
     best = max(right(a, b) for a, b in permutations(things, 2))
