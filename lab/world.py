@@ -7,10 +7,13 @@ A scene is two different shapes, one left of the other, on a plain ground:
     picture = draw(scene)  # PIL.Image, RGB, anti-aliased
     caption(read(picture)) == text
     score(picture, text)  # (True, 1.0): the whole caption, the share of its six attributes
+
+    python lab/world.py out  # have a trained pipeline draw the test captions, and count
 """
 
 import random
 import re
+import sys
 from itertools import permutations, product
 from math import pi, sqrt
 from typing import NamedTuple
@@ -259,3 +262,12 @@ def judge(pipe, texts: list[str], guidance: float = 1.0, seed: int = 0, steps: i
     ).images
     scores = torch.tensor([score(picture, text) for picture, text in zip(pictures, texts)])
     return *scores.double().mean(0).tolist(), pictures
+
+
+if __name__ == "__main__":
+    from diffusers import DiffusionPipeline
+
+    trained = DiffusionPipeline.from_pretrained(sys.argv[1])
+    for guidance in (1.0, 3.0):
+        whole, attributes, _ = judge(trained, captions("test") * 2, guidance)
+        print(f"guidance {guidance}: whole {whole:.2f}, attributes {attributes:.2f}")
