@@ -73,7 +73,7 @@ RECIPES = {
 OVER_PAIRS = ("dpo", "margin", "implicit_acc", "saturated")
 WARMUP = 0.25  # share of the steps over which lr rises linearly
 MAX_GRAD_NORM = 1.0
-PROMPTS = 6  # captions of the data that samples.png shows
+PROMPTS = 8  # captions of the data that samples.png shows
 SAMPLING_STEPS = 30
 POSITIVE = ("steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every")
 
@@ -557,15 +557,16 @@ def sample(
 
 def sheet(rows: dict[str, list[Image.Image]], prompts: list[str]) -> Image.Image:
     """The rows of pictures one above the other, each behind its name, the prompts below."""
-    side, left, below, font = 224, 76, 92, ImageFont.load_default(17)
+    side, left, below, font = 180, 76, 100, ImageFont.load_default(17)
     canvas = Image.new("RGB", (left + side * len(prompts), side * len(rows) + below), "white")
     pen = ImageDraw.Draw(canvas)
     for y, (name, pictures) in enumerate(rows.items()):
         pen.text((8, y * side + side // 2), name, "black", font, "lm")
         for x, picture in enumerate(pictures):
-            canvas.paste(picture.resize((side - 8, side - 8)), (left + x * side, y * side + 8))
+            framed = ImageOps.expand(picture.resize((side - 12, side - 12)), 1, "gray")
+            canvas.paste(framed, (left + x * side, y * side + 8))
     for x, prompt in enumerate(prompts):
-        lines = textwrap.wrap(prompt, 25, max_lines=4)
+        lines = textwrap.wrap(prompt, 20, max_lines=4)
         pen.text((left + x * side, side * len(rows) + 8), "\n".join(lines), "black", font)
     return canvas
 
