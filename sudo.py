@@ -310,7 +310,11 @@ def sudo_loss(
 
 
 def frozen_copy(unet: torch.nn.Module) -> torch.nn.Module:
-    """The reference: the UNet as it is now, same dtype and device, in eval mode, no gradient."""
+    """The reference: the UNet as it is now, same dtype and device, in eval mode, no gradient.
+
+    Train the policy in eval mode as well, unless it has dropout: in training mode diffusers lays
+    some tensors out otherwise, and u starts at rounding error (1e-7 times β), not at 0.
+    """
     return copy.deepcopy(unet).eval().requires_grad_(False)
 
 

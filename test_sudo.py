@@ -787,9 +787,12 @@ def test_other_mistakes_end_in_a_sentence(rows, tmp_path, capsys):
         run(data, output, "--model", tmp_path)
     with pytest.raises(SystemExit, match="holds no run to resume"):
         run(data, output, "--resume")
-    with pytest.raises(SystemExit):
-        run(data, output, "--lr", 0)
-    assert "--lr must be above 0" in capsys.readouterr().err
+    for flag, value in (("--lr", 0), ("--beta", "nan"), ("--steps", -1), ("--grad-accum", 0)):
+        with pytest.raises(SystemExit):
+            run(data, output, flag, value)
+        assert f"{flag} must be above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="metadata.jsonl"):
+        run(HERE / "lab", output)
     assert not output.exists()
     run(data, output, steps=1)
     with pytest.raises(SystemExit, match="is in use"):
@@ -805,6 +808,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_it_whole(rows, tmp_p
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
     load_file(output / "checkpoint-000001" / "diffusion_pytorch_model.safetensors")
     assert not (output / "model_index.json").exists()
+
+
+def test_out_of_memory_names_the_flags_and_leaves_the_output_free(rows, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--precompute-reference"):
+        patch.setattr(train_tiny, "train", full)
+        run(rows(), tmp_path / "out", batch=4, steps=1)
+    run(rows(), tmp_path / "out", batch=2, steps=1)
 
 
 def test_pipelines_that_cannot_be_trained_are_refused_before_anything_is_written(rows, tmp_path):

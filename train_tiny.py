@@ -330,12 +330,10 @@ def micro_batches(data: Data, step: int, args: argparse.Namespace, scheduler) ->
 
 def half_precision(args: argparse.Namespace, dtype: torch.dtype = torch.bfloat16):
     """Autocast on a GPU whose hardware has the dtype, nothing elsewhere; the weights stay fp32."""
-    has_bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    if has_bf16 or (args.device.type == "cuda" and dtype is torch.float16):
-        return torch.autocast("cuda", dtype)
-    return nullcontext()
+    if args.device.type != "cuda":
+        return nullcontext()
+    has_it = dtype is torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", dtype, enabled=has_it)
 
 
 def sft_loss(
@@ -370,8 +368,7 @@ def reference_errors(pipe: DiffusionPipeline, data: Data, args: argparse.Namespa
 
 def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: Callable) -> None:
     """Train pipe.unet in place; show(step) is called every --sample-every steps."""
-    # In eval mode, as the reference is. There is no dropout to lose, but in training mode diffusers
-    # lays tensors out differently, kernels round differently, and u is not quite 0 at the start.
+    # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
     unet, scheduler = pipe.unet.to(args.device).eval(), pipe.scheduler
     if args.model != "tiny":  # which is faster without, and has the memory
         unet.enable_gradient_checkpointing()
