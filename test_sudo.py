@@ -428,6 +428,9 @@ def test_the_judge_counts_attributes_and_rejects_what_is_no_scene():
     swapped = "a blue square left of a red circle on a white background"
     assert world.score(picture, swapped) == (False, pytest.approx(5 / 6))
     assert world.read(Image.new("RGB", (32, 32), "white")).things == ()
+    stretched = Image.new("RGB", (32, 32), "white")
+    stretched.paste(world.COLOURS["red"], (4, 12, 28, 18))
+    assert [(t.colour, t.shape) for t in world.read(stretched).things] == [("red", None)]
     noise = Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(32 * 32 * 3))
     assert world.caption(world.read(noise)) is None
 
@@ -476,10 +479,10 @@ def weights(output):
 
 
 def test_the_main_job_raises_the_margin_and_leaves_a_pipeline(rows, tmp_path):
-    log = run(rows(64), tmp_path / "out", "--lr", 5e-4, steps=24, batch=16)
+    log = run(rows(64), tmp_path / "out", "--lr", 3e-4, "--beta", 100, steps=24, batch=16)
     assert [row["step"] for row in log] == list(range(24))
     assert log[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["margin"] == 0
-    assert log[0]["lr"] == pytest.approx(5e-4 / 6) and log[-1]["lr"] == pytest.approx(5e-4)
+    assert log[0]["lr"] == pytest.approx(3e-4 / 6) and log[-1]["lr"] == pytest.approx(3e-4)
     expected = {
         "step",
         "lr",
@@ -494,8 +497,9 @@ def test_the_main_job_raises_the_margin_and_leaves_a_pipeline(rows, tmp_path):
     expected |= {"winner_drift", "loser_drift", "margin", "implicit_acc", "saturated"}
     assert all(row.keys() == expected for row in log)
     late = log[12:]
-    assert sum(row["margin"] for row in late) > 0 and sum(row["dpo"] for row in late) / 12 < 0.69
-    assert sum(row["implicit_acc"] for row in late) / 12 > 0.6
+    assert sum(row["margin"] for row in late) / 12 > 0.5
+    assert sum(row["dpo"] for row in late) / 12 < 0.6
+    assert sum(row["implicit_acc"] for row in late) / 12 > 0.7
 
     before = UNet2DConditionModel.from_pretrained(HERE / "lab" / "tiny-sd" / "unet").state_dict()
     assert any((before[name] != tensor).any() for name, tensor in weights(tmp_path / "out").items())
@@ -565,6 +569,12 @@ def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ(rows):
     dropped = captions == 3
     assert torch.equal(captions[~dropped], data.caption[rows][~dropped])
     assert 0.17 < dropped.float().mean() < 0.33
+
+    scheduler, args.rank, args.device = DDPMScheduler(), 1, torch.device("cpu")
+    second = list(train_tiny.micro_batches(data, 3, args, scheduler))[1]  # pairs 15 to 19 of 20
+    kept = draws[3].captions[15:] != 3
+    assert 0 < kept.sum() < 5 and torch.equal(second["pair_weight"], kept.float())
+    assert torch.equal(second["noise"], draws[3].noise[15:])
 
 
 @pytest.mark.parametrize("downgrade", ["blur", "random_grid"])
