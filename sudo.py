@@ -262,7 +262,7 @@ def sudo_objective(
         "implicit_acc": over_pairs((u > 0).float() + 0.5 * (u == 0)),
         "saturated": over_pairs((u.abs() > 10).float()),
     }
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss, {name: value.detach().float() for name, value in metrics.items()}
 
 
 # ------------------------------------------- the whole step
