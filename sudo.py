@@ -35,8 +35,8 @@ Where this differs from the official code, and why:
 3. Losers are reordered latents. The official code sends winners and losers through the VAE, though
    the losers are the same images in another order (S:1027, 1040).
 4. Errors are fp32 for policy and reference, and both run the same arithmetic: u is exactly 0 at the
-   start. The official reference is in half precision (S:939, 1149), whose rounding alone moves u by
-   up to 0.3 (fp16) or 2.4 (bf16).
+   start (see `frozen_copy`). The official reference is in half precision (S:939, 1149), whose
+   rounding alone moves u by up to 0.3 (fp16) or 2.4 (bf16).
 5. A tie, u = 0, counts one half in the implicit accuracy, not as an error.
 6. v-prediction works; other prediction types are refused before the UNet runs (S:1117: mid-loop).
 7. The MSE term of Eq. 9 is there. That commit minimises L_dpo alone (S:1157), as Table 4 does;
@@ -88,7 +88,7 @@ def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None
     if H % grid or W % grid:
         raise ValueError(f"{H} x {W} pixels do not divide into {grid} x {grid} cells")
     h, w, n = H // grid, W // grid, grid * grid
-    cells = images.view(B, C, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5).reshape(B, n, C, h, w)
+    cells = images.reshape(B, C, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5).reshape(B, n, C, h, w)
 
     draw = {"size": (B,), "generator": generator, "device": _random_device(images, generator)}
     first = torch.randint(n, **draw).to(images.device)
@@ -227,7 +227,7 @@ def sudo_objective(
         loss             L
         dpo *            -log σ(u): ln 2 = 0.6931 at the start
         mse              mean e_w, the term of λ2
-        winner_error     mean e_w;  winner_drift, mean e_w - r_w: negative while winners are learnt
+        winner_error     mean e_w;  winner_drift, mean e_w - r_w: below 0 where winners are learnt
         loser_error      mean e_l;  loser_drift, mean e_l - r_l
         margin *         u
         implicit_acc *   share of u > 0, a tie counting one half
