@@ -249,6 +249,7 @@ def main(parts: list[str]) -> None:
         pretrain_vae(images).save_pretrained(TINY_SD / "vae")
     if "unet" in parts:
         vae = AutoencoderKL.from_pretrained(TINY_SD / "vae").to(DEVICE)
+        vae.register_to_config(_name_or_path="lab/tiny-sd/vae")  # not this machine's own path
         pipe = pretrain_unet(vae, images, texts)
         pipe.save_pretrained(TINY_SD)
         for guidance in (1.0, 3.0):
