@@ -658,12 +658,16 @@ def shrunk_pipeline(folder, sdxl=False, prediction_type="epsilon"):
 )
 def test_stable_diffusions_architectures_train_from_a_folder(rows, tmp_path, kind):
     model = shrunk_pipeline(tmp_path / "model", **kind)
-    log = run(rows(), tmp_path / "out", "--model", model, "--grad-accum", 2, steps=2)
+    flags = ("--model", model, "--grad-accum", 2, "--checkpoint-every", 1)
+    log = run(rows(), tmp_path / "out", *flags, steps=2)
     assert log[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["margin"] == 0
     assert log[1]["margin"] != 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["beta"] == 5000
     trained = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(trained) is type(DiffusionPipeline.from_pretrained(model))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000002")
+    run(rows(), tmp_path / "out", *flags, "--resume", steps=2)
+    assert_close(weights(tmp_path / "out"), trained.unet.state_dict(), rtol=0, atol=0)
 
 
 def command(data, output, *flags, steps):
@@ -807,8 +811,14 @@ def test_other_mistakes_end_in_a_sentence(rows, tmp_path, capsys):
     run(data, output, steps=1)
     with pytest.raises(SystemExit, match="is in use"):
         run(data, output, steps=1)
-    with pytest.raises(SystemExit, match="seed was 0 and is 1"):
-        run(data, output, "--resume", "--seed", 1, steps=1)
+    for flag, value, message in (
+        ("--seed", 1, "seed was 0 and is 1"),
+        ("--beta", 5, "beta was 400.0 and is 5.0"),
+        ("--loss", "sft", "loss was sudo and is sft"),
+        ("--data", rows(15), "data was 16 rows .* and is 15 rows"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(data, output, "--resume", flag, value, steps=1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_it_whole(rows, tmp_path):

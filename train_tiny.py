@@ -411,6 +411,8 @@ def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: C
     # A rehearsal, whose gradients are dropped: the second pass is warm and tells the time.
     batch = next(micro_batches(data, start, args, scheduler))
     ref = reference if table is None else table[0, 0]
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of encoding and sampling
     for _ in range(2):
         began = time.perf_counter()
         backward(batch, ref)[1].tolist()
