@@ -543,13 +543,13 @@ def test_resumed_accumulated_and_precomputed_runs_end_alike(rows, tmp_path, flag
         assert_close(weights(tmp_path / "plain"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
-def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ(rows):
+def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ():
     N, T = 30, 1000
     data = train_tiny.Data(
         files=[],
         latents=torch.zeros(N, 4, 2, 2),
         downgraded=None,
-        picture=torch.arange(N) // 2,  # every picture twice,
+        picture=torch.arange(N) // 2,  # every picture twice
         caption=torch.arange(N) % 3,  # and three captions in all
         conditions=torch.zeros(4, 5, 6),
         pooled=None,
@@ -679,9 +679,8 @@ def test_a_killed_run_resumes_bit_for_bit(rows, tmp_path):
     data, flags = rows(), ("--batch-size", 2, "--checkpoint-every", 2)
     whole = run(data, tmp_path / "whole", steps=12, batch=2)
     log = tmp_path / "cut" / "metrics.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, *command(data, tmp_path / "cut", *flags, steps=12)], stderr=-3, stdout=-3
-    )
+    train = [sys.executable, *command(data, tmp_path / "cut", *flags, steps=12)]
+    process = subprocess.Popen(train, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not log.exists() or log.read_text().count("\n") < 5:
         assert process.poll() is None and time.time() < deadline
