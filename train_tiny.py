@@ -187,7 +187,7 @@ def load_picture(file: Path, size: int) -> Tensor:
 
 
 class Data(NamedTuple):
-    """Everything the steps read, on the CPU: N rows with M different captions."""
+    """Everything the steps read, on the CPU and in fp16: N rows with M different captions."""
 
     files: list[Path]  # [N]
     latents: Tensor  # [N, C, h, w], clean and scaled
@@ -217,7 +217,7 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace) -
         # SDXL's VAE overflows in fp16.
         with nullcontext() if is_sdxl(pipe) else half_precision(args, torch.float16):
             posterior = pipe.vae.encode(pixels.to(args.device)).latent_dist
-        return (posterior.mode() * pipe.vae.config.scaling_factor).cpu()
+        return (posterior.mode() * pipe.vae.config.scaling_factor).half().cpu()
 
     latents, downgraded, prompts = [], [], []
     texts = [*dict.fromkeys(row.text for row in rows if row.text), ""]
@@ -235,7 +235,7 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace) -
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
             )
-        prompts.append([part.float().cpu() for part in prompt if part is not None])
+        prompts.append([part.half().cpu() for part in prompt if part is not None])
     for module in encoders(pipe):
         module.to("cpu")
 
@@ -258,7 +258,8 @@ def is_sdxl(pipe: DiffusionPipeline) -> bool:
 
 
 def progress(steps: Iterable, name: str, args: argparse.Namespace, **options) -> tqdm:
-    return tqdm(steps, name, disable=args.rank > 0, **options)
+    silent = {"disable": True} if args.rank > 0 else {}  # else TQDM_DISABLE decides
+    return tqdm(steps, name, **silent, **options)
 
 
 # ------------------------------------------- what is random in a step
@@ -316,13 +317,26 @@ def micro_batches(data: Data, step: int, args: argparse.Namespace, scheduler) ->
             # Under "" no picture is the better one: there is nothing to prefer.
             "pair_weight": (captions != len(data.conditions) - 1).float(),
         }
-        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         if data.pooled is not None:
+            time_ids = data.time_ids.expand(len(rows), -1)
             batch["added_cond_kwargs"] = {
-                "text_embeds": data.pooled[captions].to(args.device),
-                "time_ids": data.time_ids.expand(len(rows), -1).to(args.device),
+                "text_embeds": data.pooled[captions],
+                "time_ids": time_ids,
             }
-        yield batch
+        yield to_device(batch, args.device)
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """In fp32 on the device; a GPU is not waited for, as pinned memory lets it fetch by itself."""
+    moved = {}
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            moved[name] = to_device(value, device)
+            continue
+        value = value.float() if value.is_floating_point() else value
+        value = value.pin_memory() if device.type == "cuda" else value
+        moved[name] = value.to(device, non_blocking=True)
+    return moved
 
 
 # ------------------------------------------- training
@@ -349,7 +363,13 @@ def sft_loss(
 
 @torch.no_grad()
 def reference_errors(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace) -> Tensor:
-    """The reference's errors in each forward pass of the run: [steps, passes in a step, 2B]."""
+    """The reference's errors in each forward pass of the run: [steps, passes in a step, 2B].
+
+    Kept in --output: when the run is resumed, the policy is the reference no more.
+    """
+    file, beside = args.output / "reference.safetensors", args.output / "unfinished.safetensors"
+    if file.exists():
+        return load_file(file, str(args.device))["errors"]
     passes = args.grad_accum * args.world
     errors = torch.zeros(args.steps, passes, 2 * args.batch_size, device=args.device)
     for step in progress(range(args.steps), "reference errors", args):
@@ -363,105 +383,118 @@ def reference_errors(pipe: DiffusionPipeline, data: Data, args: argparse.Namespa
             errors[step, k * args.world + args.rank] = error
     if args.world > 1:
         dist.all_reduce(errors)  # the other processes' entries are 0
+    if args.rank == 0:
+        save_file({"errors": errors.cpu()}, beside)
+        beside.rename(file)
     return errors
 
 
-def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: Callable) -> None:
-    """Train pipe.unet in place; show(step) is called every --sample-every steps."""
-    # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
-    unet, scheduler = pipe.unet.to(args.device).eval(), pipe.scheduler
-    if args.model != "tiny":  # which is faster without, and has the memory
-        unet.enable_gradient_checkpointing()
+class Trainer:
+    """Trains pipe.unet in place: step(i) is the i-th step of the run that args describe."""
 
-    reference = table = None
-    if args.loss == "sudo" and args.precompute_reference:
-        file = args.output / "reference.safetensors"
-        if file.exists():
-            table = load_file(file, str(args.device))["errors"]
-        else:  # the run begins here: policy and reference are still the same weights
-            table = reference_errors(pipe, data, args)
-            if args.rank == 0:
-                save_file({"errors": table.cpu()}, args.output / "unfinished.safetensors")
-                (args.output / "unfinished.safetensors").rename(file)
-    elif args.loss == "sudo":
-        reference = sudo.frozen_copy(unet)
+    def __init__(self, pipe: DiffusionPipeline, data: Data, args: argparse.Namespace):
+        self.data, self.args, self.scheduler = data, args, pipe.scheduler
+        # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
+        self.unet = pipe.unet.to(args.device, memory_format=torch.channels_last).eval()
+        # Here once, or every forward pass would wait for it to be copied.
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(args.device)
+        if args.model != "tiny":  # which is faster without, and has the memory
+            self.unet.enable_gradient_checkpointing()
 
-    if is_sdxl(pipe):  # as in the paper
-        fixed_lr = {"scale_parameter": False, "relative_step": False}
-        optimizer = Adafactor(unet.parameters(), args.lr, weight_decay=1e-2, **fixed_lr)
-    else:
-        optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=1e-2, fused=True)
-    start = restore(unet, optimizer, args) if args.resume else 0
-    policy = DistributedDataParallel(unet) if args.world > 1 else unet
+        self.reference = self.table = None
+        if args.loss == "sudo" and args.precompute_reference:
+            self.table = reference_errors(pipe, data, args)
+        elif args.loss == "sudo":
+            self.reference = sudo.frozen_copy(self.unet)
 
-    def backward(batch: dict, ref: Callable | Tensor | None) -> tuple[list[str], Tensor]:
-        """A forward and backward pass; names of its metrics, their sums and what to divide by."""
-        with half_precision(args):
-            if args.loss == "sft":
+        weights, decay = self.unet.parameters(), 1e-2
+        if is_sdxl(pipe):  # as in the paper
+            fixed_lr = {"scale_parameter": False, "relative_step": False}
+            self.optimizer = Adafactor(weights, args.lr, weight_decay=decay, **fixed_lr)
+        else:
+            self.optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=decay, fused=True)
+        self.start = restore(self.unet, self.optimizer, args) if args.resume else 0
+        self.policy = DistributedDataParallel(self.unet) if args.world > 1 else self.unet
+
+    def backward(self, step: int, k: int, batch: dict) -> tuple[list[str], Tensor]:
+        """The k-th pass of a step; the names of its metrics, their sums and what to divide by."""
+        with half_precision(self.args):
+            if self.args.loss == "sft":
                 winners = {k: v for k, v in batch.items() if k not in ("losers", "pair_weight")}
-                loss, metrics = sft_loss(policy, scheduler, **winners)
+                loss, metrics = sft_loss(self.policy, self.scheduler, **winners)
             else:
-                loss, metrics = sudo.sudo_loss(policy, ref, scheduler, **batch, beta=args.beta)
-        (loss / args.grad_accum).backward()
+                ref = self.reference or self.table[step, k * self.args.world + self.args.rank]
+                given = batch | {"beta": self.args.beta}
+                loss, metrics = sudo.sudo_loss(self.policy, ref, self.scheduler, **given)
+        (loss / self.args.grad_accum).backward()
         weight = batch["pair_weight"]
         counted = {True: weight.sum(), False: torch.ones_like(weight).sum()}
         counts = torch.stack([counted[name in OVER_PAIRS] for name in metrics])
         return list(metrics), torch.stack([torch.stack(list(metrics.values())) * counts, counts])
 
+    def step(self, step: int) -> dict[str, float]:
+        """Its metrics, over all pairs of all processes; exits before an update by no number."""
+        args, sums = self.args, 0
+        for k, batch in enumerate(micro_batches(self.data, step, args, self.scheduler)):
+            # Processes average their gradients once a step, in its last backward pass.
+            apart = args.world > 1 and k + 1 < args.grad_accum
+            with self.policy.no_sync() if apart else nullcontext():
+                names, more = self.backward(step, k, batch)
+            sums = sums + more
+        if args.world > 1:
+            dist.all_reduce(sums)
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), MAX_GRAD_NORM)
+        # The one place in a step that waits for the GPU: no update may come of a loss that is none.
+        *means, norm = torch.cat([sums[0] / sums[1].clamp(min=1), norm[None]]).tolist()
+        metrics = dict(zip(names, means))
+        if not math.isfinite(metrics["loss"] + norm):
+            rows = draw(self.data, step, args, 1).rows[:8]
+            names = ", ".join(self.data.files[i].name for i in rows)
+            sys.exit(
+                f"Stopped before the update of step {step}: its loss is {metrics['loss']}, its "
+                f"gradient norm {norm}. Its first pictures: {names}. If they are in order, begin a "
+                f"new --output with a lower --lr; {args.output} keeps its last checkpoint."
+            )
+        lr = args.lr * min(1.0, (step + 1) / max(1, round(WARMUP * args.steps)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"lr": lr, **metrics, "grad_norm": norm}
+
+
+def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: Callable) -> None:
+    """Train pipe.unet in place; show(step) is called every --sample-every steps."""
+    trainer = Trainer(pipe, data, args)
+
     # A rehearsal, whose gradients are dropped: the second pass is warm and tells the time.
-    batch = next(micro_batches(data, start, args, scheduler))
-    ref = reference if table is None else table[0, 0]
+    batch = next(micro_batches(data, trainer.start, args, trainer.scheduler))
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of encoding and sampling
     for _ in range(2):
         began = time.perf_counter()
-        backward(batch, ref)[1].tolist()
-    optimizer.zero_grad()
+        trainer.backward(trainer.start, 0, batch)[1].tolist()
+    trainer.optimizer.zero_grad()
     if args.rank == 0:
-        seconds = (time.perf_counter() - began) * args.grad_accum * (args.steps - start)
+        seconds = (time.perf_counter() - began) * args.grad_accum * (args.steps - trainer.start)
         announce(args, pipe, len(data.latents), seconds)
 
-    bar = progress(range(start, args.steps), args.loss, args, initial=start, total=args.steps)
+    steps = range(trainer.start, args.steps)
+    bar = progress(steps, args.loss, args, initial=trainer.start, total=args.steps)
     for step in bar:
-        began, sums = time.perf_counter(), 0
-        for k, batch in enumerate(micro_batches(data, step, args, scheduler)):
-            ref = reference if table is None else table[step, k * args.world + args.rank]
-            # Processes average their gradients once a step, in its last backward pass.
-            apart = args.world > 1 and k + 1 < args.grad_accum
-            with policy.no_sync() if apart else nullcontext():
-                names, more = backward(batch, ref)
-            sums = sums + more
-        if args.world > 1:
-            dist.all_reduce(sums)
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
-        *means, norm = torch.cat([sums[0] / sums[1].clamp(min=1), norm[None]]).tolist()
-        means = dict(zip(names, means))
-        if not math.isfinite(means["loss"] + norm):
-            names = ", ".join(data.files[i].name for i in draw(data, step, args, 1).rows[:8])
-            sys.exit(
-                f"Stopped before the update of step {step}: its loss is {means['loss']}, its "
-                f"gradient norm {norm}. Its first pictures: {names}. If they are in order, begin a "
-                f"new --output with a lower --lr; {args.output} keeps its last checkpoint."
-            )
-
-        lr = args.lr * min(1.0, (step + 1) / max(1, round(WARMUP * args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-
-        done = step + 1
-        if args.rank == 0:
-            seconds = time.perf_counter() - began
-            row = {"step": step, "lr": lr, **means, "grad_norm": norm, "seconds": seconds}
-            with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
-            shown = ("loss", "margin", "implicit_acc", "winner_drift")
-            bar.set_postfix({name: f"{means[name]:.3f}" for name in shown if name in means})
-            if done % args.checkpoint_every == 0 or done == args.steps:
-                checkpoint(args.output, done, unet, optimizer)
-            if args.sample_every and done % args.sample_every == 0 and done < args.steps:
-                show(done)
+        began, done = time.perf_counter(), step + 1
+        metrics = trainer.step(step)
+        if args.rank > 0:
+            continue
+        row = {"step": step, **metrics, "seconds": time.perf_counter() - began}
+        with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        shown = ("loss", "margin", "implicit_acc", "winner_drift")
+        bar.set_postfix({name: f"{row[name]:.3f}" for name in shown if name in row})
+        if done % args.checkpoint_every == 0 or done == args.steps:
+            checkpoint(args.output, done, trainer.unet, trainer.optimizer)
+        if args.sample_every and done % args.sample_every == 0 and done < args.steps:
+            show(done)
 
 
 # ------------------------------------------- what a person sees, and what a run leaves behind

@@ -247,7 +247,7 @@ def score(picture: Image.Image, text: str) -> tuple[bool, float]:
 
 
 @torch.no_grad()
-def judge(pipe, texts: list[str], guidance: float = 1.0, seed: int = 0, steps: int = 25):
+def judge(pipe, texts: list[str], guidance: float = 1.0, seed: int = 0, steps: int = 15):
     """Have a diffusers pipeline draw each caption once, and score the pictures.
 
     Returns (share of whole matches, mean share of right attributes, the pictures). A seed stands

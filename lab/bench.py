@@ -1,0 +1,378 @@
+"""Time and memory of a training step, beside the least that its UNet passes take.
+
+    python lab/bench.py                # lab/tiny-sd: two minutes on 2 CPU cores
+    python lab/bench.py --model sd15   # or sdxl; without a GPU one step of it, in some minutes
+
+sd15 and sdxl have their public configurations and random weights, which are as much work as trained
+ones, so nothing is downloaded. The rows of a table take turns, a step each, round after round, and
+a ratio is the median of the rounds' ratios. Memory is that of a process which runs one row alone.
+"""
+
+import argparse
+import copy
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+LAB = Path(__file__).parent
+sys.path.insert(0, str(LAB.parent))
+
+import sudo  # noqa: E402
+import train_tiny  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+PASSES = 4  # micro-batches in a step of sd15 and sdxl; the recipes have more, for the same cost
+ROUNDS = 10
+
+
+# ------------------------------------------- models
+
+
+def parts(model: str):
+    """UNet, VAE, text encoders and scheduler, by the names that a pipeline has for them."""
+    if model == "tiny":
+        return DiffusionPipeline.from_pretrained(LAB / "tiny-sd")
+    pipe = SimpleNamespace(
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        ),
+        text_encoder=clip(CLIPTextModel, width=768, layers=12),
+        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+    if model == "sd15":
+        pipe.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        return pipe
+    pipe.text_encoder_2 = clip(CLIPTextModelWithProjection, width=1280, layers=32)
+    pipe.unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    return pipe
+
+
+def clip(kind: type, width: int, layers: int):
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        projection_dim=width,
+    )
+    return kind(config)
+
+
+# ------------------------------------------- what is measured
+
+
+class Bench:
+    """A model and random data; the methods named in ROWS take a step each.
+
+    All share one trainer, so one policy, one reference and one optimizer; `official` has its own.
+    """
+
+    def __init__(self, model: str, batch_size: int, passes: int):
+        argv = ["--data", "random", "--model", model, "--output", tempfile.mkdtemp()]
+        self.args = args = train_tiny.parse(argv)
+        vars(args).update(train_tiny.RECIPES[model]._asdict() | {"grad_accum": passes})
+        torch.manual_seed(0)
+        self.pipe = parts(model)
+        self.words = self.pipe.tokenizer.model_max_length if model == "tiny" else 77
+        self.trainer = train_tiny.Trainer(self.pipe, None, args)
+        self.feed(batch_size, self.pipe.unet.config.sample_size)
+
+    def feed(self, batch_size: int, side: int) -> None:
+        """Random data, latents of side x side, and a batch of it."""
+        N, width = 8 * batch_size, self.pipe.unet.config.cross_attention_dim
+        sdxl = train_tiny.is_sdxl(self.pipe)
+        self.args.batch_size = batch_size
+        self.trainer.data = train_tiny.Data(
+            files=[Path("random")] * N,
+            latents=torch.randn(N, 4, side, side).half(),
+            downgraded=None,
+            picture=torch.arange(N),
+            caption=torch.arange(N),
+            conditions=torch.randn(N + 1, self.words, width).half(),
+            pooled=torch.randn(N + 1, 1280).half() if sdxl else None,
+            time_ids=torch.tensor([8 * side, 8 * side, 0, 0, 8 * side, 8 * side]) if sdxl else None,
+        )
+        scheduler = self.trainer.scheduler
+        batch = next(train_tiny.micro_batches(self.trainer.data, 0, self.args, scheduler))
+        # What the UNet is given for winners and losers, 2B rows.
+        names = {"encoder_hidden_states", "added_cond_kwargs", "timesteps"} & batch.keys()
+        given = {name: sudo._repeat(name, batch[name], batch_size) for name in names}
+        self.given = given | {"timestep": given.pop("timesteps")}
+        self.latents = torch.cat([batch["latents"], batch["losers"]])
+        self.batch = batch
+
+    def floor(self, i: int) -> None:
+        with train_tiny.half_precision(self.args):
+            with torch.no_grad():
+                self.trainer.reference(self.latents, **self.given)
+            loss = self.trainer.unet(self.latents, **self.given).sample.float().square().mean()
+        loss.backward()
+        self.trainer.unet.zero_grad()
+
+    def sudo_loss(self, i: int) -> None:
+        policy, reference = self.trainer.unet, self.trainer.reference
+        with train_tiny.half_precision(self.args):
+            loss, _ = sudo.sudo_loss(policy, reference, self.trainer.scheduler, **self.batch)
+        loss.backward()
+        policy.zero_grad()
+
+    def train_tiny(self, i: int) -> None:
+        self.trainer.step(i)
+
+    def precomputed(self, i: int) -> None:
+        errors = torch.rand(2 * self.args.batch_size, device=self.args.device)
+        reference, self.trainer.reference = self.trainer.reference, None
+        self.trainer.table = defaultdict(lambda: errors)
+        self.trainer.step(i)
+        self.trainer.reference = reference
+
+    def sft(self, i: int) -> None:
+        self.args.loss = "sft"
+        self.trainer.step(i)
+        self.args.loss = "sudo"
+
+    def set_up_official(self) -> None:
+        policy = copy.deepcopy(self.trainer.unet).to(memory_format=torch.contiguous_format)
+        frozen = sudo.frozen_copy(policy), *train_tiny.encoders(self.pipe)
+        half = torch.float16 if CUDA else torch.float32  # which a CPU has no fast one of
+        self.frozen = [module.to(self.args.device, half) for module in frozen]
+        optimizer = torch.optim.AdamW(policy.parameters(), self.args.lr, weight_decay=1e-2)
+        self.own = policy, optimizer
+
+    def official(self, i: int) -> None:
+        """What the official code does in a step, for SD1.5 and in our words.
+
+        Both halves of the pixels go through the VAE (S:1027, 1040), captions through the text
+        encoder, the reference is in half precision (S:939, 1149), metrics are read at once.
+        """
+        (policy, optimizer), (reference, vae, text_encoder) = self.own, self.frozen
+        B, device = self.args.batch_size, self.args.device
+        side = self.latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
+        alphas_cumprod = self.trainer.scheduler.alphas_cumprod
+        for _ in range(self.args.grad_accum):
+            winners = torch.rand(B, 3, side, side)
+            tokens = torch.randint(text_encoder.config.vocab_size, (B, self.words))
+            pixels = torch.cat([winners, winners[torch.randperm(B)]]).to(device, vae.dtype)
+            with torch.no_grad():
+                x_0 = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+                words = text_encoder(tokens.to(device))[0].repeat(2, 1, 1)
+            noise = torch.randn_like(x_0[:B]).repeat(2, 1, 1, 1)
+            t = torch.randint(1000, (B,), device=device).repeat(2)
+            alpha = alphas_cumprod[t].view(-1, 1, 1, 1).to(x_0.dtype)
+            noisy = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
+            with train_tiny.half_precision(self.args):
+                prediction = policy(noisy, t, words).sample
+            with torch.no_grad():
+                ref_prediction = reference(noisy, t, words).sample
+            error, ref_error = (
+                (output.float() - noise.float()).square().mean((1, 2, 3))
+                for output in (prediction, ref_prediction)
+            )
+            winner, loser = (error - ref_error).chunk(2)
+            u = -self.args.beta / 2 * (winner - loser)
+            loss = -F.logsigmoid(u).mean() / self.args.grad_accum
+            loss.backward()
+            loss.item(), (u > 0).float().mean().item()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), train_tiny.MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+ROWS = {
+    Bench.floor: "bare UNet calls: the floor",
+    Bench.sudo_loss: "`sudo_loss` and its backward pass",
+    Bench.train_tiny: "`train_tiny.py`, a whole step",
+    Bench.precomputed: "with `--precompute-reference`, which comes before",
+    Bench.sft: "with `--loss sft`",
+    Bench.official: "the official arrangement",
+}
+
+
+# ------------------------------------------- measuring
+
+
+def seconds(step: Callable, *arguments) -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step(*arguments)
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def matrix_rate() -> float:
+    """FLOP a second of a large matrix product, in the precision that the steps compute in."""
+    n, form = (8192, {"device": "cuda", "dtype": torch.bfloat16}) if CUDA else (2048, {})
+    a = torch.randn(n, n, **form)
+    return 2 * n**3 / median(seconds(torch.mm, a, a) for _ in range(12))
+
+
+def peak_memory(row: Callable, model: str, batch_size: int, side: int | None = None) -> float:
+    """GB that a process needs which takes two steps of a row; on a GPU, those of the GPU alone."""
+    bench = Bench(model, batch_size, 1)
+    if side:
+        bench.feed(batch_size, side)
+    if row in (Bench.precomputed, Bench.sft):
+        bench.trainer.reference = None  # they need no second UNet
+    if row is Bench.official:
+        bench.trainer.reference = None
+        bench.set_up_official()
+        bench.trainer.unet.to("cpu")
+    for i in range(2):
+        row(bench, i)
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # counted in KiB
+
+
+def alone(function: Callable, *arguments) -> float:
+    """The result of a function that is called in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def table(rows: list[list[str]]) -> None:
+    rows[1:1] = [["---"] * len(rows[0])]
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows), end="\n\n")
+
+
+def steps(model: str, batch_size: int, passes: int) -> None:
+    """The first table: every row of ROWS."""
+    rows = [row for row in ROWS if row is not Bench.official or model != "sdxl"]
+    memories = [alone(peak_memory, row, model, batch_size) for row in tqdm(rows, "memory")]
+
+    bench = Bench(model, batch_size, passes)
+    if Bench.official in rows:
+        bench.set_up_official()
+    pairs = {row: batch_size * passes for row in rows}
+    pairs[Bench.floor] = pairs[Bench.sudo_loss] = batch_size
+    times, flops = {row: [] for row in rows}, {}
+    for row in rows:
+        row(bench, 0)  # warm
+        with FlopCounterMode(display=False) as counter:
+            row(bench, 0)
+        flops[row] = counter.get_total_flops() / pairs[row]
+    for i in tqdm(range(ROUNDS), "steps in turn"):
+        for row in rows:
+            times[row].append(seconds(row, bench, i) / pairs[row])
+
+    rate, floor = matrix_rate(), times[Bench.floor]
+    head = ["", "ms a pair", "× floor", "GFLOP a pair", "of the matrix rate", "peak GB"]
+    print(f"{batch_size} pairs a pass, {passes} passes a step; matrices: {rate / 1e12:.3g} TFLOP/s")
+    lines = [head]
+    for row, gigabytes in zip(rows, memories):
+        took = median(times[row])
+        ratio = median(mine / least for mine, least in zip(times[row], floor))
+        lines.append(
+            [
+                ROWS[row],
+                f"{1e3 * took:.3g}",
+                f"{ratio:.2f}",
+                f"{flops[row] / 1e9:.3g}",
+                f"{flops[row] / took / rate:.0%}",
+                f"{gigabytes:.2f}",
+            ]
+        )
+    table(lines)
+
+
+def growth(model: str, batch_size: int) -> None:
+    """The second table: a step of train_tiny at other sizes, in turn as well."""
+    bench = Bench(model, batch_size, 1)
+    side = bench.latents.shape[-1]
+    sizes = [(batch_size, side), (2 * batch_size, side), (batch_size, 2 * side)]
+    times = {size: [] for size in sizes}
+    for i in range(ROUNDS // 2 + 1):
+        for size in sizes:
+            bench.feed(*size)
+            times[size].append(seconds(bench.train_tiny, i) / size[0])
+    lines = [["`train_tiny.py`, a whole step", "ms a pair", "× the first", "peak GB"]]
+    for size, (_, *took) in times.items():  # the first round warms
+        ratio = median(mine / first for mine, first in zip(took, times[sizes[0]][1:]))
+        gigabytes = alone(peak_memory, Bench.train_tiny, model, *size)
+        name = f"{size[0]} pairs, latents of {size[1]} x {size[1]}"
+        lines.append([name, f"{1e3 * median(took):.3g}", f"{ratio:.2f}", f"{gigabytes:.2f}"])
+    table(lines)
+
+
+def encode(pictures: int) -> tuple[float, float, float]:
+    """Seconds a picture to encode the sample data, over and over; MB held; GB at the peak."""
+    args = train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny"])
+    pipe = train_tiny.load_pipeline(args)
+    rows = train_tiny.read_rows(args.data, args.image_column, args.caption_column)
+    rows = (rows * (pictures // len(rows) + 1))[:pictures]
+    began = time.perf_counter()
+    data = train_tiny.encode(pipe, rows, args)
+    took = time.perf_counter() - began
+    held = sum(t.nbytes for t in (data.latents, data.conditions)) / 1e6
+    return took / pictures, held, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def loader() -> None:
+    """The third table: the loader on 100 and on 10,000 pictures."""
+    lines = [["pictures of 512 x 512 encoded", "ms a picture", "MB held after", "peak GB"]]
+    for pictures in (384, 10_000):
+        took, held, peak = alone(encode, pictures)
+        lines.append([f"{pictures:,}", f"{1e3 * took:.2g}", f"{held:.2g}", f"{peak:.2f}"])
+    table(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=("tiny", "sd15", "sdxl"), default="tiny")
+    parser.add_argument("--batch-size", type=int, help="pairs a pass; default: the recipe's")
+    args = parser.parse_args()
+    tiny = args.model == "tiny"
+    batch_size = args.batch_size or train_tiny.RECIPES[args.model].batch_size
+    machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU cores"
+    print(
+        f"{args.model} on {machine}, {time.strftime('%Y-%m-%d')}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
+    if not tiny and not CUDA:
+        took = seconds(Bench(args.model, 1, 1).trainer.step, 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"One step of one pair in fp32: {took:.0f} s and {peak:.1f} GB.")
+        return
+    steps(args.model, batch_size, 1 if tiny else PASSES)
+    growth(args.model, batch_size)
+    if tiny:
+        loader()
+
+
+if __name__ == "__main__":
+    main()
