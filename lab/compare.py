@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -108,10 +109,10 @@ class Method(NamedTuple):
         return 3 if self.loss == "sft" else 3 + (3 + reference) / self.every
 
 
-BETAS = [(5e-5, beta) for beta in (50.0, 100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0)]
+BETAS = [(5e-5, beta) for beta in (100.0, 200.0, 400.0, 800.0, 1600.0)]
 RATES = [(lr, 400.0) for lr in (1e-5, 2e-5, 3e-5, 1e-4)]
-SOME = [(5e-5, 200.0), (5e-5, 400.0), (5e-5, 800.0), (2e-5, 400.0), (1e-4, 400.0)]
-SMALL = [(5e-5, 400.0), (5e-5, 1600.0), (2e-4, 400.0), (2e-4, 1600.0)]
+SOME = [(5e-5, 200.0), (5e-5, 400.0), (5e-5, 800.0), (2e-5, 400.0)]
+SMALL = [(5e-5, 400.0), (5e-5, 1600.0), (2e-4, 1600.0)]  # blurred pictures differ by less
 SFT = [(1e-4, 0.0), (3e-4, 0.0), (1e-3, 0.0)]
 
 BASE = Method("base model", [(0.0, 0.0)], loss="sft", steps=0)
@@ -121,9 +122,9 @@ TABLE = [
     Method("SFT, equal steps", SFT, loss="sft"),
     Method("SFT, equal compute", SFT, loss="sft", steps=800),
     Method("SUDO, the paper's", SOME, paper),
-    Method("SUDO, the official code's", SOME, official),
+    Method("SUDO, the official code's", SOME[1:], official),
     OURS,
-    Method("... without the MSE term", SOME, without_mse),
+    Method("... without the MSE term", SOME[1:], without_mse),
     Method("... loser: blur", SMALL, downgrade="blur"),
     Method("... loser: random grid", SMALL, downgrade="random_grid"),
     Method("... on 128 pictures", [], pictures=128),  # with the choice for all pictures
@@ -325,15 +326,122 @@ def choice(method: Method, results: dict) -> tuple[float, float, float]:
     return *best[2:4], max(GUIDANCES, key=lambda guidance: result[f"{guidance:g}"][0])
 
 
+# ------------------------------------------- tables and figure
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval by Student's t."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    t = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values), 10) - 2]
+    return fmean(values), t * stdev(values) / len(values) ** 0.5
+
+
+def shown(values: list[float], digits: int = 2) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def table(lines: list[list[str]]) -> None:
+    lines[1:1] = [["---"] * len(lines[0])]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines), end="\n\n")
+
+
+def tables(results: dict, seeds: range) -> None:
+    whole = [
+        ["share of whole matches", "passes", "lr, β", *map("{:g}".format, GUIDANCES), "own best"]
+    ]
+    more = [["", "attributes at 1, 3", "seen captions at 1, 3", "winner, loser drift"]]
+    more[0] += ["implicit accuracy", "spread at 1: place, size"]
+    best = {}
+    for method in TABLE:
+        lr, beta, guidance = choice(method, results)
+        cells = [results[key(method, "test", lr, beta, seed)] for seed in seeds]
+        matches = {g: [cell[f"{g:g}"][0] for cell in cells] for g in GUIDANCES}
+        best[method.name] = matches[guidance]
+        settings = f"{lr:g}, {beta:g}" if method.loss == "sudo" else f"{lr:g}" if lr else ""
+        line = [method.name, f"{method.passes * method.steps / 300:.0f}", settings]
+        line += [shown(matches[g]) for g in GUIDANCES]
+        whole.append([*line, f"{shown(matches[guidance])} at {guidance:g}"])
+
+        def pick(name: str, i: int, cells=cells) -> list[float]:
+            return [cell[name][i] for cell in cells]
+
+        drifts = ([cell[f"{who}_drift"] for cell in cells] for who in ("winner", "loser"))
+        more.append(
+            [
+                method.name,
+                ", ".join(shown(pick(name, 1)) for name in ("1", "3")),
+                ", ".join(shown(pick(f"seen {name}", 0)) for name in ("1", "3")),
+                ", ".join(shown(drift, 3) for drift in drifts),
+                shown([cell["implicit_acc"] for cell in cells]),
+                ", ".join(shown(pick("spread 1", i), 3) for i in (0, 1)),
+            ]
+        )
+    table(whole)
+    table(more)
+    ahead = [a - b for a, b in zip(best[OURS.name], best["SFT, equal compute"])]
+    print(f"{OURS.name} minus SFT, equal compute, each at its own best: {shown(ahead)}")
+    base = results[key(BASE, "test", 0.0, 0.0, 0)]["typical_difference"]
+    print(f"The base model's median |e_w - e_l| is {base:.4f}: one unit of u at β = {2 / base:.0f}")
+    print()
+    sweeps = [["validation, one seed: whole matches", "lr, β", *map("{:g}".format, GUIDANCES)]]
+    for method in TABLE + TRIED:
+        for job in sweep([method]):
+            if key(*job) in results:
+                values = [f"{results[key(*job)][f'{g:g}'][0]:.2f}" for g in GUIDANCES]
+                sweeps.append([method.name, f"{job[2]:g}, {job[3]:g}", *values])
+    table(sweeps)
+
+
+def figure(results: dict, seeds: range) -> None:
+    import matplotlib.pyplot as plt
+
+    canvas, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 1.25))
+    names = ("base model", "SFT, equal compute", "SUDO, the official code's", "SUDO, ours")
+    methods = [next(m for m in TABLE if m.name == name) for name in names]
+    strips = []
+    for method in methods:
+        png = results[key(method, "test", *choice(method, results)[:2], 0)]["samples"]
+        strips.append(Image.open(io.BytesIO(base64.b64decode(png))))
+    side = strips[0].height
+    sheet = Image.new("RGB", (strips[0].width, side * len(strips)))
+    for y, strip in enumerate(strips):
+        sheet.paste(strip, (0, y * side))
+    left.imshow(sheet, interpolation="nearest")
+    left.set_yticks(
+        [side * (y + 0.5) for y in range(len(names))], [n.replace(", ", ",\n") for n in names]
+    )
+    left.set_xticks([]), left.tick_params(length=0)
+    left.set_title("the first eight test captions, guidance 1, seed 0", fontsize=9)
+
+    shades = {"guidance 1": ("0.25", -0.2), "own best guidance": ("0.8", 0.2)}
+    for name, (shade, offset) in shades.items():
+        for y, method in enumerate(TABLE):
+            lr, beta, guidance = choice(method, results)
+            guidance = 1.0 if name == "guidance 1" else guidance
+            cells = [results[key(method, "test", lr, beta, seed)] for seed in seeds]
+            mean, half = mean_and_interval([cell[f"{guidance:g}"][0] for cell in cells])
+            label = name if y == 0 else None
+            right.barh(y + offset, mean, 0.38, xerr=half, color=shade, edgecolor="k", label=label)
+    right.set_yticks(range(len(TABLE)), [method.name for method in TABLE], fontsize=8)
+    right.invert_yaxis(), right.set_xlim(0, 1)
+    right.set_xlabel(f"share of test pictures that match their caption whole, {len(seeds)} seeds")
+    right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
+    canvas.savefig(LAB / "compare.png", dpi=130, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
     seeds = range(parser.parse_args().seeds)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     run(sweep(TABLE), results, "choosing")
-    chosen = {method: choice(method, results)[:2] for method in TABLE}
-    run([(m, "test", *chosen[m], seed) for seed in seeds for m in TABLE], results, "comparing")
+    chosen = {method.name: choice(method, results)[:2] for method in TABLE}
+    run([(m, "test", *chosen[m.name], s) for s in seeds for m in TABLE], results, "comparing")
     run(sweep(TRIED), results, "trying")
+    tables(results, seeds)
+    figure(results, seeds)
 
 
 if __name__ == "__main__":
