@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -28,6 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -38,6 +41,7 @@ import train_tiny
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "lab"))
+import compare  # noqa: E402
 import world  # noqa: E402
 
 B, BETA = 4, 300.0
@@ -844,3 +848,98 @@ def test_pipelines_that_cannot_be_trained_are_refused_before_anything_is_written
     with pytest.raises(SystemExit, match="epsilon- or v-prediction"):
         run(rows(), tmp_path / "out", "--model", model)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------- the pages
+
+
+def snippets(page):
+    text = (HERE / page).read_text(encoding="utf-8")
+    if page.endswith(".ipynb"):
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebook.ipynb"])
+def test_the_snippets_of_a_page_do_what_it_says(page):
+    b, base, scheduler = batch(), tiny_unet(), DDPMScheduler()
+    shared = {
+        "noise_scheduler": scheduler,
+        "latents": b.winners,
+        "encoder_hidden_states": b.conditions,
+        "accelerator": Accelerator(cpu=True),
+        **{name: getattr(sudo, name) for name in ("sudo_loss", "frozen_copy")},
+    }
+    plain, sdxl, lora = snippets(page)
+
+    names = shared | {"unet": tiny_unet().eval()}
+    exec(plain, names)
+    assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
+
+    added = {"text_embeds": torch.randn(B, 10), "time_ids": torch.randint(64, (B, 6)).float()}
+    has_caption = torch.tensor([True, False, True, True])
+    reference = tiny_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 10,
+    )
+    policy = moved(reference)
+    names = shared | {"unet": policy, "reference": reference, "has_caption": has_caption}
+    torch.manual_seed(3)
+    exec(sdxl, names | {"pooled": added["text_embeds"], "time_ids": added["time_ids"]}, names)
+    torch.manual_seed(3)
+    losers = sudo.random_image(b.winners)
+    pairs = sudo.make_pairs(scheduler, b.winners, losers)
+    errors = [
+        sudo.denoising_error(unet, pairs, b.conditions, added_cond_kwargs=added)
+        for unet in (policy, reference)
+    ]
+    margins = sudo.implicit_margin(*errors, 5000.0)
+    assert_close(names["metrics"]["margin"], margins[has_caption].mean().detach())
+
+    policy = copy.deepcopy(base).requires_grad_(False)
+    policy.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    names = shared | {"unet": policy.eval()}
+    torch.manual_seed(3)
+    exec(lora, names)
+    torch.manual_seed(3)
+    loss, _ = sudo.sudo_loss(policy, base, scheduler, b.winners, b.conditions)
+    assert_close(names["loss"], loss)
+    assert names["metrics"]["margin"] != 0
+    names["loss"].backward()
+    assert {n.split(".")[-3] for n, p in policy.named_parameters() if p.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
+
+
+def test_the_tables_on_the_pages_are_those_of_the_results(capsys):
+    results = json.loads(compare.RESULTS.read_text(encoding="utf-8"))
+    compare.tables(results, range(5))
+    printed = capsys.readouterr().out
+    short, *others = [part for part in printed.split("\n\n") if part.startswith("|")]
+    assert short in (HERE / "README.md").read_text(encoding="utf-8")
+    for table in others:
+        assert table in (HERE / "lab" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_comparison_trains_as_the_trainer_does(rows, tmp_path):
+    argv = ["--data", str(rows()), "--model", "tiny", "--output", str(tmp_path / "none")]
+    args = train_tiny.parse([*argv, "--steps", "4", "--batch-size", "8"])
+    trained = []
+    for method in (None, compare.OURS, compare.TABLE[4]):
+        pipe = train_tiny.load_pipeline(args)
+        rows_read = train_tiny.read_rows(args.data, args.image_column, args.caption_column)
+        data = train_tiny.encode(pipe, rows_read, args)
+        if method is None:
+            trainer = train_tiny.Trainer(pipe, data, args)
+            for step in range(4):
+                trainer.step(step)
+        else:
+            texts = [row.text for row in rows_read]
+            compare.train(pipe, data, texts, args, method._replace(steps=4))
+        trained.append(pipe.unet.state_dict())
+    trainers, ours, official = trained
+    assert_close(ours, trainers, rtol=0, atol=0)
+    assert any((official[name] != tensor).any() for name, tensor in ours.items())

@@ -317,26 +317,20 @@ def micro_batches(data: Data, step: int, args: argparse.Namespace, scheduler) ->
             # Under "" no picture is the better one: there is nothing to prefer.
             "pair_weight": (captions != len(data.conditions) - 1).float(),
         }
+        batch = {name: to_device(value, args.device) for name, value in batch.items()}
         if data.pooled is not None:
-            time_ids = data.time_ids.expand(len(rows), -1)
-            batch["added_cond_kwargs"] = {
-                "text_embeds": data.pooled[captions],
-                "time_ids": time_ids,
-            }
-        yield to_device(batch, args.device)
+            added = {"text_embeds": data.pooled[captions]}
+            added["time_ids"] = data.time_ids.expand(len(rows), -1)
+            added = {name: to_device(value, args.device) for name, value in added.items()}
+            batch["added_cond_kwargs"] = added
+        yield batch
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """In fp32 on the device; a GPU is not waited for, as pinned memory lets it fetch by itself."""
-    moved = {}
-    for name, value in batch.items():
-        if isinstance(value, dict):
-            moved[name] = to_device(value, device)
-            continue
-        value = value.float() if value.is_floating_point() else value
-        value = value.pin_memory() if device.type == "cuda" else value
-        moved[name] = value.to(device, non_blocking=True)
-    return moved
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """In fp32 on the device; from pinned memory, which a GPU reads while it computes."""
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 # ------------------------------------------- training
