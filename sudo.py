@@ -216,7 +216,7 @@ def sudo_objective(
     mse_weight: float = 0.5,
     pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of Eq. 9 (S:1157) and its metrics.
+    """L of Eq. 9 (S:1157: its first term) and its metrics.
 
     errors, ref_errors: (2B,) from `denoising_error`. dpo_weight, mse_weight: λ1, λ2. pair_weight:
     (B,), each pair's weight in the preference term, all 1 if None; 0 where the caption was dropped.
@@ -291,7 +291,7 @@ def sudo_loss(
     with its adapters off), or the (2B,) errors that the reference has on these very pairs.
     latents: (B, C, H, W) clean scaled latents of the winners. encoder_hidden_states: (B, S, D) of
     their captions. losers: (B, C, H, W), `random_image(latents)` if None (ValueError for B = 1).
-    beta: tied to the size of the model's errors, as one unit of u is an error margin of 2/β.
+    beta: tied to the size of the model's errors, as one unit of u is an error difference of 2/β.
     noise, timesteps, generator: as in `make_pairs`; pair_weight and the two weights: as in
     `sudo_objective`; unet_kwargs: as in `denoising_error`. All raise ValueError for a wrong shape.
     """

@@ -14,6 +14,7 @@ processes, takes the very steps of one that never stopped.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -196,7 +197,7 @@ class Data(NamedTuple):
     caption: Tensor  # [N], index into what follows, in which the last row is for ""
     conditions: Tensor  # [M + 1, S, D]
     pooled: Tensor | None  # [M + 1, P], SDXL only
-    time_ids: Tensor | None  # [6], SDXL only: original size, crop, target size
+    time_ids: Tensor | None  # [M + 1, 6], SDXL only: original size, crop, target size
 
 
 def encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
@@ -249,7 +250,9 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace) -
         caption=torch.tensor([caption[row.text] for row in rows]),
         conditions=conditions,
         pooled=pooled[0] if pooled else None,
-        time_ids=torch.tensor([size, size, 0, 0, size, size]) if pooled else None,
+        time_ids=torch.tensor([[size, size, 0, 0, size, size]] * len(conditions))
+        if pooled
+        else None,
     )
 
 
@@ -319,8 +322,7 @@ def micro_batches(data: Data, step: int, args: argparse.Namespace, scheduler) ->
         }
         batch = {name: to_device(value, args.device) for name, value in batch.items()}
         if data.pooled is not None:
-            added = {"text_embeds": data.pooled[captions]}
-            added["time_ids"] = data.time_ids.expand(len(rows), -1)
+            added = {"text_embeds": data.pooled[captions], "time_ids": data.time_ids[captions]}
             added = {name: to_device(value, args.device) for name, value in added.items()}
             batch["added_cond_kwargs"] = added
         yield batch
@@ -356,10 +358,19 @@ def sft_loss(
 
 
 @torch.no_grad()
-def reference_errors(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace) -> Tensor:
+def pair_errors(unet, scheduler, batch: dict) -> Tensor:
+    """The errors, (2B,), of a UNet on a micro-batch, as `sudo_loss` computes them."""
+    images = {"winners": batch["latents"], "losers": batch["losers"]}
+    draws = {name: batch[name] for name in ("noise", "timesteps")}
+    given = batch.keys() & {"encoder_hidden_states", "added_cond_kwargs"}
+    pairs = sudo.make_pairs(scheduler, **images, **draws)
+    return sudo.denoising_error(unet, pairs, **{name: batch[name] for name in given})
+
+
+def reference_errors(unet, scheduler, data: Data, args: argparse.Namespace) -> Tensor:
     """The reference's errors in each forward pass of the run: [steps, passes in a step, 2B].
 
-    Kept in --output: when the run is resumed, the policy is the reference no more.
+    Kept in --output, so that a resumed run need not compute them again.
     """
     file, beside = args.output / "reference.safetensors", args.output / "unfinished.safetensors"
     if file.exists():
@@ -367,14 +378,9 @@ def reference_errors(pipe: DiffusionPipeline, data: Data, args: argparse.Namespa
     passes = args.grad_accum * args.world
     errors = torch.zeros(args.steps, passes, 2 * args.batch_size, device=args.device)
     for step in progress(range(args.steps), "reference errors", args):
-        for k, batch in enumerate(micro_batches(data, step, args, pipe.scheduler)):
-            del batch["pair_weight"]
-            winners, losers = batch.pop("latents"), batch.pop("losers")
-            draws = {name: batch.pop(name) for name in ("noise", "timesteps")}
-            pairs = sudo.make_pairs(pipe.scheduler, winners, losers, **draws)
+        for k, batch in enumerate(micro_batches(data, step, args, scheduler)):
             with half_precision(args):
-                error = sudo.denoising_error(pipe.unet, pairs, **batch)
-            errors[step, k * args.world + args.rank] = error
+                errors[step, k * args.world + args.rank] = pair_errors(unet, scheduler, batch)
     if args.world > 1:
         dist.all_reduce(errors)  # the other processes' entries are 0
     if args.rank == 0:
@@ -387,17 +393,18 @@ class Trainer:
     """Trains pipe.unet in place: step(i) is the i-th step of the run that args describe."""
 
     def __init__(self, pipe: DiffusionPipeline, data: Data, args: argparse.Namespace):
-        self.data, self.args, self.scheduler = data, args, pipe.scheduler
+        self.data, self.args = data, args
         # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
         self.unet = pipe.unet.to(args.device, memory_format=torch.channels_last).eval()
-        # Here once, or every forward pass would wait for it to be copied.
+        # On the device once, not anew in every pass; a copy, since samplers want theirs on the CPU.
+        self.scheduler = copy.copy(pipe.scheduler)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(args.device)
         if args.model != "tiny":  # which is faster without, and has the memory
             self.unet.enable_gradient_checkpointing()
 
         self.reference = self.table = None
         if args.loss == "sudo" and args.precompute_reference:
-            self.table = reference_errors(pipe, data, args)
+            self.table = reference_errors(self.unet, self.scheduler, data, args)
         elif args.loss == "sudo":
             self.reference = sudo.frozen_copy(self.unet)
 
@@ -422,12 +429,13 @@ class Trainer:
                 loss, metrics = sudo.sudo_loss(self.policy, ref, self.scheduler, **given)
         (loss / self.args.grad_accum).backward()
         weight = batch["pair_weight"]
-        counted = {True: weight.sum(), False: torch.ones_like(weight).sum()}
-        counts = torch.stack([counted[name in OVER_PAIRS] for name in metrics])
+        pairs = torch.ones_like(weight)
+        counts = [(weight if name in OVER_PAIRS else pairs).sum() for name in metrics]
+        counts = torch.stack(counts)
         return list(metrics), torch.stack([torch.stack(list(metrics.values())) * counts, counts])
 
     def step(self, step: int) -> dict[str, float]:
-        """Its metrics, over all pairs of all processes; exits before an update by no number."""
+        """Its metrics, over all pairs of all processes; exits if they are not finite."""
         args, sums = self.args, 0
         for k, batch in enumerate(micro_batches(self.data, step, args, self.scheduler)):
             # Processes average their gradients once a step, in its last backward pass.
@@ -438,7 +446,7 @@ class Trainer:
         if args.world > 1:
             dist.all_reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), MAX_GRAD_NORM)
-        # The one place in a step that waits for the GPU: no update may come of a loss that is none.
+        # The one place in a step that waits for the GPU: nothing infinite may reach the weights.
         *means, norm = torch.cat([sums[0] / sums[1].clamp(min=1), norm[None]]).tolist()
         metrics = dict(zip(names, means))
         if not math.isfinite(metrics["loss"] + norm):
@@ -461,17 +469,8 @@ def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: C
     """Train pipe.unet in place; show(step) is called every --sample-every steps."""
     trainer = Trainer(pipe, data, args)
 
-    # A rehearsal, whose gradients are dropped: the second pass is warm and tells the time.
-    batch = next(micro_batches(data, trainer.start, args, trainer.scheduler))
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of encoding and sampling
-    for _ in range(2):
-        began = time.perf_counter()
-        trainer.backward(trainer.start, 0, batch)[1].tolist()
-    trainer.optimizer.zero_grad()
-    if args.rank == 0:
-        seconds = (time.perf_counter() - began) * args.grad_accum * (args.steps - trainer.start)
-        announce(args, pipe, len(data.latents), seconds)
+    if trainer.start < args.steps:
+        rehearse(trainer, args, len(data.latents))
 
     steps = range(trainer.start, args.steps)
     bar = progress(steps, args.loss, args, initial=trainer.start, total=args.steps)
@@ -489,6 +488,20 @@ def train(pipe: DiffusionPipeline, data: Data, args: argparse.Namespace, show: C
             checkpoint(args.output, done, trainer.unet, trainer.optimizer)
         if args.sample_every and done % args.sample_every == 0 and done < args.steps:
             show(done)
+
+
+def rehearse(trainer: Trainer, args: argparse.Namespace, N: int) -> None:
+    """Two passes whose gradients are dropped: the second is warm and tells the time."""
+    batch = next(micro_batches(trainer.data, trainer.start, args, trainer.scheduler))
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of encoding and sampling
+    for _ in range(2):
+        began = time.perf_counter()
+        trainer.backward(trainer.start, 0, batch)[1].tolist()
+    trainer.optimizer.zero_grad()
+    if args.rank == 0:
+        seconds = (time.perf_counter() - began) * args.grad_accum * (args.steps - trainer.start)
+        announce(trainer, args, N, seconds)
 
 
 # ------------------------------------------- what a person sees, and what a run leaves behind
@@ -523,12 +536,12 @@ def open_run(args: argparse.Namespace, rows: list[Row]) -> None:
         sys.exit(f"The run in {args.output} is another: {changes}.")
 
 
-def announce(args: argparse.Namespace, pipe: DiffusionPipeline, N: int, seconds: float) -> None:
+def announce(trainer: Trainer, args: argparse.Namespace, N: int, seconds: float) -> None:
     """One line: what is trained on what, in how much memory and how long."""
-    weights = 4 * sum(p.numel() for p in pipe.unet.parameters())
-    copies = 2 + (args.loss == "sudo" and not args.precompute_reference)  # gradients, reference
+    weights = 4 * sum(p.numel() for p in trainer.unet.parameters())
+    copies = 2 if trainer.reference is None else 3  # weights, gradients and the reference
     held = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else copies * weights
-    moments = 0 if is_sdxl(pipe) else 2 * weights  # Adafactor's are rows and columns
+    moments = 0 if isinstance(trainer.optimizer, Adafactor) else 2 * weights
     print(
         f"{args.loss}: {args.path} on {N} pictures, {args.steps} steps of "
         f"{args.batch_size * args.grad_accum * args.world} pairs, lr {args.lr:g}, β {args.beta:g}. "

@@ -1,19 +1,21 @@
 """Time and memory of a training step, beside the least that its UNet passes take.
 
     python lab/bench.py                # lab/tiny-sd: two minutes on 2 CPU cores
-    python lab/bench.py --model sd15   # or sdxl; without a GPU one step of it, in some minutes
+    python lab/bench.py --model sd15   # without a GPU one step, in 20 GB
+    python lab/bench.py --model sdxl   # for a GPU
 
 sd15 and sdxl have their public configurations and random weights, which are as much work as trained
 ones, so nothing is downloaded. The rows of a table take turns, a step each, round after round, and
 a ratio is the median of the rounds' ratios. Memory is that of a process which runs one row alone.
+On a CPU torch's FLOP counter leaves attention out.
 """
 
 import argparse
 import copy
+import gc
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -101,8 +103,7 @@ class Bench:
     """
 
     def __init__(self, model: str, batch_size: int, passes: int):
-        argv = ["--data", "random", "--model", model, "--output", tempfile.mkdtemp()]
-        self.args = args = train_tiny.parse(argv)
+        self.args = args = train_tiny.parse(["--data", "random", "--model", model])
         vars(args).update(train_tiny.RECIPES[model]._asdict() | {"grad_accum": passes})
         torch.manual_seed(0)
         self.pipe = parts(model)
@@ -123,7 +124,9 @@ class Bench:
             caption=torch.arange(N),
             conditions=torch.randn(N + 1, self.words, width).half(),
             pooled=torch.randn(N + 1, 1280).half() if sdxl else None,
-            time_ids=torch.tensor([8 * side, 8 * side, 0, 0, 8 * side, 8 * side]) if sdxl else None,
+            time_ids=torch.tensor([[8 * side] * 2 + [0, 0] + [8 * side] * 2] * (N + 1))
+            if sdxl
+            else None,
         )
         scheduler = self.trainer.scheduler
         batch = next(train_tiny.micro_batches(self.trainer.data, 0, self.args, scheduler))
@@ -142,14 +145,14 @@ class Bench:
         loss.backward()
         self.trainer.unet.zero_grad()
 
-    def sudo_loss(self, i: int) -> None:
+    def loss_alone(self, i: int) -> None:
         policy, reference = self.trainer.unet, self.trainer.reference
         with train_tiny.half_precision(self.args):
             loss, _ = sudo.sudo_loss(policy, reference, self.trainer.scheduler, **self.batch)
         loss.backward()
         policy.zero_grad()
 
-    def train_tiny(self, i: int) -> None:
+    def whole_step(self, i: int) -> None:
         self.trainer.step(i)
 
     def precomputed(self, i: int) -> None:
@@ -166,6 +169,7 @@ class Bench:
 
     def set_up_official(self) -> None:
         policy = copy.deepcopy(self.trainer.unet).to(memory_format=torch.contiguous_format)
+        policy.disable_gradient_checkpointing()  # as its launcher for SD1.5 has it
         frozen = sudo.frozen_copy(policy), *train_tiny.encoders(self.pipe)
         half = torch.float16 if CUDA else torch.float32  # which a CPU has no fast one of
         self.frozen = [module.to(self.args.device, half) for module in frozen]
@@ -213,8 +217,8 @@ class Bench:
 
 ROWS = {
     Bench.floor: "bare UNet calls: the floor",
-    Bench.sudo_loss: "`sudo_loss` and its backward pass",
-    Bench.train_tiny: "`train_tiny.py`, a whole step",
+    Bench.loss_alone: "`sudo_loss` and its backward pass",
+    Bench.whole_step: "`train_tiny.py`, a whole step",
     Bench.precomputed: "with `--precompute-reference`, which comes before",
     Bench.sft: "with `--loss sft`",
     Bench.official: "the official arrangement",
@@ -246,12 +250,13 @@ def peak_memory(row: Callable, model: str, batch_size: int, side: int | None = N
     bench = Bench(model, batch_size, 1)
     if side:
         bench.feed(batch_size, side)
-    if row in (Bench.precomputed, Bench.sft):
-        bench.trainer.reference = None  # they need no second UNet
+    if row in (Bench.precomputed, Bench.sft, Bench.official):
+        bench.trainer.reference = None  # the first two need none, the last has its own
     if row is Bench.official:
-        bench.trainer.reference = None
         bench.set_up_official()
         bench.trainer.unet.to("cpu")
+    if CUDA:
+        torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
     for i in range(2):
         row(bench, i)
     if CUDA:
@@ -279,7 +284,7 @@ def steps(model: str, batch_size: int, passes: int) -> None:
     if Bench.official in rows:
         bench.set_up_official()
     pairs = {row: batch_size * passes for row in rows}
-    pairs[Bench.floor] = pairs[Bench.sudo_loss] = batch_size
+    pairs[Bench.floor] = pairs[Bench.loss_alone] = batch_size
     times, flops = {row: [] for row in rows}, {}
     for row in rows:
         row(bench, 0)  # warm
@@ -312,18 +317,18 @@ def steps(model: str, batch_size: int, passes: int) -> None:
 
 def growth(model: str, batch_size: int) -> None:
     """The second table: a step of train_tiny at other sizes, in turn as well."""
-    bench = Bench(model, batch_size, 1)
-    side = bench.latents.shape[-1]
+    side = parts(model).unet.config.sample_size
     sizes = [(batch_size, side), (2 * batch_size, side), (batch_size, 2 * side)]
+    memories = [alone(peak_memory, Bench.whole_step, model, *size) for size in sizes]
+    bench = Bench(model, batch_size, 1)
     times = {size: [] for size in sizes}
     for i in range(ROUNDS // 2 + 1):
         for size in sizes:
             bench.feed(*size)
-            times[size].append(seconds(bench.train_tiny, i) / size[0])
+            times[size].append(seconds(bench.whole_step, i) / size[0])
     lines = [["`train_tiny.py`, a whole step", "ms a pair", "× the first", "peak GB"]]
-    for size, (_, *took) in times.items():  # the first round warms
+    for (size, (_, *took)), gigabytes in zip(times.items(), memories):  # the first round warms
         ratio = median(mine / first for mine, first in zip(took, times[sizes[0]][1:]))
-        gigabytes = alone(peak_memory, Bench.train_tiny, model, *size)
         name = f"{size[0]} pairs, latents of {size[1]} x {size[1]}"
         lines.append([name, f"{1e3 * median(took):.3g}", f"{ratio:.2f}", f"{gigabytes:.2f}"])
     table(lines)
@@ -343,7 +348,7 @@ def encode(pictures: int) -> tuple[float, float, float]:
 
 
 def loader() -> None:
-    """The third table: the loader on 100 and on 10,000 pictures."""
+    """The third table: the loader on the sample data and on 10,000 pictures."""
     lines = [["pictures of 512 x 512 encoded", "ms a picture", "MB held after", "peak GB"]]
     for pictures in (384, 10_000):
         took, held, peak = alone(encode, pictures)
@@ -369,6 +374,7 @@ def main() -> None:
         print(f"One step of one pair in fp32: {took:.0f} s and {peak:.1f} GB.")
         return
     steps(args.model, batch_size, 1 if tiny else PASSES)
+    gc.collect(), torch.cuda.empty_cache()
     growth(args.model, batch_size)
     if tiny:
         loader()
