@@ -1,6 +1,6 @@
 """Time and memory of a training step, beside the least that its UNet passes take.
 
-    python lab/bench.py                # lab/tiny-sd: two minutes on 2 CPU cores
+    python lab/bench.py                # lab/tiny-sd: three minutes on 2 CPU cores
     python lab/bench.py --model sd15   # without a GPU one step, in 20 GB
     python lab/bench.py --model sdxl   # for a GPU
 
@@ -41,7 +41,7 @@ import train_tiny  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 PASSES = 4  # micro-batches in a step of sd15 and sdxl; the recipes have more, for the same cost
-ROUNDS = 10
+ROUNDS = 25
 
 
 # ------------------------------------------- models
@@ -322,7 +322,7 @@ def growth(model: str, batch_size: int) -> None:
     memories = [alone(peak_memory, Bench.whole_step, model, *size) for size in sizes]
     bench = Bench(model, batch_size, 1)
     times = {size: [] for size in sizes}
-    for i in range(ROUNDS // 2 + 1):
+    for i in range(ROUNDS // 4 + 1):
         for size in sizes:
             bench.feed(*size)
             times[size].append(seconds(bench.whole_step, i) / size[0])
