@@ -38,6 +38,7 @@ sys.path.insert(0, str(LAB.parent))
 
 import sudo  # noqa: E402
 import train_tiny  # noqa: E402
+from compare import table  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 PASSES = 4  # micro-batches in a step of sd15 and sdxl; the recipes have more, for the same cost
@@ -268,11 +269,6 @@ def alone(function: Callable, *arguments) -> float:
     """The result of a function that is called in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def table(rows: list[list[str]]) -> None:
-    rows[1:1] = [["---"] * len(rows[0])]
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows), end="\n\n")
 
 
 def steps(model: str, batch_size: int, passes: int) -> None:
