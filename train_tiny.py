@@ -192,18 +192,20 @@ def read_rows(data: Path, image_column: str, caption_column: str) -> list[Row]:
         lines = data.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"--data wants a jsonl in UTF-8, or a folder with a metadata.jsonl: {error}")
-    rows, faults = [], {}
+    rows, faults, sentences = [], {}, []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 rows.append(read_row(line, data.parent, image_column, caption_column))
         except ValueError as error:
-            faults.setdefault(str(error), []).append(number)
+            faults.setdefault(str(error), []).append(str(number))
     if faults:
-        for fault, (first, *others) in list(faults.items())[:10]:
-            also = f" and {len(others)} more" if others else ""
-            print(f"{data}, line {first}{also}: {fault}", file=sys.stderr)
-        sys.exit(f"{sum(map(len, faults.values()))} faulty lines: mend or remove them.")
+        for fault, numbers in faults.items():
+            first, more = ", ".join(numbers[:10]), f" and {len(numbers) - 10} more"
+            where = f"{data}, line {first}{more if len(numbers) > 10 else ''}"
+            sentences.append(f"{where}: {fault}")
+        count = sum(map(len, faults.values()))
+        sys.exit("\n".join([*sentences[:10], f"{count} faulty lines: mend or remove them."]))
     # A loser has another picture and another caption: is there one for each row?
     by_digest, by_text = Counter(row.digest for row in rows), Counter(row.text for row in rows)
     by_both = Counter((row.digest, row.text) for row in rows)

@@ -20,14 +20,16 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -57,6 +59,10 @@ class Step(NamedTuple):
     rng: torch.Generator
 
 
+def losers_are(step: Step, rows: Tensor) -> dict:
+    return {"losers": train_tiny.pick(rows, step.data.latents)}
+
+
 def ours(step: Step) -> dict:
     """As train_tiny has it: never the winner's picture or caption, no weight where dropped."""
     return {}
@@ -65,13 +71,13 @@ def ours(step: Step) -> dict:
 def paper(step: Step) -> dict:
     """The loser is any image of the data set; the preference holds under "" too."""
     losers = torch.randint(len(step.texts), step.rows.shape, generator=step.rng)
-    return {"losers": step.data.latents[losers], "pair_weight": None}
+    return losers_are(step, losers) | {"pair_weight": torch.ones(len(losers))}
 
 
 def official(step: Step) -> dict:
     """Micro-batches of 8 are permuted, as in the paper's run: one pair in 8 is of one image."""
     losers = [part[torch.randperm(len(part), generator=step.rng)] for part in step.rows.split(8)]
-    return {"losers": step.data.latents[torch.cat(losers)], "pair_weight": None}
+    return losers_are(step, torch.cat(losers)) | {"pair_weight": torch.ones(len(step.rows))}
 
 
 def without_mse(step: Step) -> dict:
@@ -92,7 +98,7 @@ def nearest(step: Step) -> dict:
 
     everything = range(len(words))
     losers = [min(everything, key=lambda b, a=a: distance(a, b)) for a in step.rows.tolist()]
-    return {"losers": step.data.latents[losers]}
+    return losers_are(step, torch.tensor(losers))
 
 
 class Method(NamedTuple):
@@ -152,41 +158,37 @@ TRIED = [
 # ------------------------------------------- one cell: train and judge
 
 
-def train(pipe, data, texts: list[str], args, method: Method) -> None:
-    """train_tiny's loop without its files, with what the method changes."""
-    unet = pipe.unet.to(args.device, memory_format=torch.channels_last).eval()
-    scheduler = pipe.scheduler
-    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=1e-2, fused=True)
-    reference, table = sudo.frozen_copy(unet), {}
+def train(pipe, data, texts: list[str], config, method: Method) -> None:
+    """The trainer's own loop, with what the method changes."""
+    unet, scheduler, optimizer = train_tiny.prepare(pipe, config)
+    reference, errors = sudo.frozen_copy(unet), {}
 
-    def policy(*inputs, **kwargs) -> Tensor:
-        output = unet(*inputs, **kwargs).sample
-        winners, losers = output.chunk(2)
-        return torch.cat([winners, torch.lerp(losers.detach(), losers, method.loser_gradient)])
-
-    for step in range(method.steps):
+    def batches(step: int) -> Iterator[dict]:
         again = step % (method.cycle or method.steps)
-        drawn = train_tiny.draw(data, again, args, scheduler.config.num_train_timesteps)
-        (batch,) = train_tiny.micro_batches(data, again, args, scheduler)
+        rows = train_tiny.draw(data, config, again)[0]
+        (batch,) = train_tiny.micro_batches(data, config, again)
+        rng = train_tiny.generator(config.seed, "compare", again)
         if method.loss == "sft" or step % method.every:
-            winners = {k: v for k, v in batch.items() if k not in ("losers", "pair_weight")}
-            loss, _ = train_tiny.sft_loss(unet, scheduler, **winners)
-            loss = loss / 2 if method.loss == "sudo" else loss  # λ2
-        else:
-            rng = train_tiny.generator(args.seed, "compare", again)
-            batch |= method.changes(Step(data, texts, drawn.rows, rng))
-            batch["losers"] = train_tiny.to_device(batch["losers"], args.device)
-            if method.cycle and again not in table:
-                table[again] = train_tiny.pair_errors(reference, scheduler, batch)
-            ref = table.get(again, reference)
-            loss, _ = sudo.sudo_loss(policy, ref, scheduler, **batch, beta=args.beta)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), train_tiny.MAX_GRAD_NORM)
-        warmth = min(1.0, (step + 1) / (train_tiny.WARMUP * method.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmth
-        optimizer.step()
-        optimizer.zero_grad()
+            yield batch | {"mse_only": True}
+            return
+        batch |= method.changes(Step(data, texts, rows, rng))
+        if method.cycle and again not in errors:
+            errors[again] = train_tiny.pair_errors(reference, scheduler, **batch)
+        yield batch | {"reference": errors.get(again, reference)}
+
+    def loss_fn(unet, mse_only: bool = False, **batch) -> tuple[Tensor, dict]:
+        if mse_only:
+            loss, metrics = train_tiny.sft_loss(unet, scheduler, **batch)
+            return (loss / 2 if method.loss == "sudo" else loss), metrics  # λ2
+
+        def policy(*inputs, **kwargs) -> Tensor:
+            winners, losers = unet(*inputs, **kwargs).sample.chunk(2)
+            return torch.cat([winners, torch.lerp(losers.detach(), losers, method.loser_gradient)])
+
+        return sudo.sudo_loss(policy, scheduler=scheduler, beta=config.beta, **batch)
+
+    for _ in train_tiny.train(unet, optimizer, loss_fn, batches, config):
+        pass
 
 
 @torch.no_grad()
@@ -215,7 +217,7 @@ def drift(pipe, base) -> dict:
     """How the errors on held-out pairs differ from the base model's."""
     held_out = held_out_pairs(pipe)
     now, before = (
-        torch.stack([train_tiny.pair_errors(unet, pipe.scheduler, pairs) for pairs in held_out])
+        torch.stack([train_tiny.pair_errors(unet, pipe.scheduler, **pairs) for pairs in held_out])
         for unet in (pipe.unet, base)
     )
     (e_w, e_l), (r_w, r_l) = now.chunk(2, dim=1), before.chunk(2, dim=1)  # each (4, 108)
@@ -247,19 +249,20 @@ def spread(first: list[Image.Image], second: list[Image.Image]) -> tuple[float, 
 def cell(method: Method, split: str, lr: float, beta: float, seed: int) -> dict:
     """Train the method and judge it on "validation" or "test"."""
     torch.set_num_threads(1)  # a process a core is faster than all cores on so small a model
-    argv = ["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny", "--seed", str(seed)]
-    args = train_tiny.parse([*argv, "--downgrade", method.downgrade])
-    pipe = train_tiny.load_pipeline(args)
-    args.lr, args.beta, args.batch_size = lr, beta, method.batch_size
-    rows = train_tiny.read_rows(args.data, args.image_column, args.caption_column)[
-        : method.pictures
-    ]
-    data = train_tiny.encode(pipe, rows, args)
+    config = replace(
+        train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny"]),
+        **{"lr": lr, "beta": beta, "seed": seed, "downgrade": method.downgrade},
+        **{"steps": method.steps, "batch_size": method.batch_size},
+    )
+    pipe = DiffusionPipeline.from_pretrained(config.model)
+    rows = train_tiny.read_rows(config.data, config.image_column, config.caption_column)
+    rows = rows[: method.pictures]
+    data = train_tiny.encode(pipe, rows, config)
     pipe.unet.to(memory_format=torch.channels_last)
     base = sudo.frozen_copy(pipe.unet)
-    train(pipe, data, [row.text for row in rows], args, method)
+    train(pipe, data, [row.text for row in rows], config, method)
 
-    pipe.to(args.device)
+    pipe.to(train_tiny.DEVICE)
     result = {}
     for guidance in GUIDANCES:
         texts = world.captions(split)
