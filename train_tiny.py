@@ -350,7 +350,7 @@ def sft_loss(
     unet, scheduler, latents, encoder_hidden_states, noise, timesteps, **unet_kwargs
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The MSE term of Eq. 9 alone, on the winners alone: what SUDO is compared with."""
-    noisy = sudo.add_noise(latents, noise, timesteps, scheduler.alphas_cumprod)
+    noisy = sudo.add_noise(latents, noise, timesteps, scheduler)
     target = sudo.training_target(latents, noise, timesteps, scheduler)
     prediction = unet(noisy, timesteps, encoder_hidden_states, **unet_kwargs).sample
     loss = (prediction.float() - target).square().mean()
