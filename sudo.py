@@ -1,4 +1,4 @@
-"""SUDO: preference optimisation of text-to-image diffusion models without annotation, in one file.
+"""SUDO (Self-DPO at NeurIPS): preference optimisation of diffusion models without annotation.
 
 Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for
 Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534, which names the method SUDO).
@@ -17,7 +17,18 @@ the objective is
     L_dpo = mean( -log σ(u) )                                                              Eq. 8
     L     = λ1 · L_dpo + λ2 · mean(e_w)               β = 5000, λ1 = λ2 = 0.5              Eq. 9
 
-In any trainer of a diffusers UNet:
+The paper writes one factor, C = -β/2 = -2500 (section 4.1); β, and means in the place of sums, are
+the official code's (S:1154, 1137).
+
+The paper's model is a UNet that predicts ε. A UNet or transformer that predicts something else has
+another target in e and r, and perhaps other coefficients in x^t = a x + b ε; all else is the same:
+
+    prediction_type     a         b               target
+    epsilon             √ᾱ_t      √(1 - ᾱ_t)      ε              Stable Diffusion 1.5, SDXL
+    v_prediction        √ᾱ_t      √(1 - ᾱ_t)      a ε - b x      Stable Diffusion 2
+    flow matching       1 - t/T   t/T             ε - x          Stable Diffusion 3, Flux
+
+In any trainer of a diffusers UNet (README.md shows the same for a transformer):
 
     from sudo import frozen_copy, sudo_loss
     reference = frozen_copy(unet)  # once, before the first step
@@ -28,19 +39,20 @@ In any trainer of a diffusers UNet:
 Where this differs from the official code, and why:
 
 1. No image is its own loser. A random permutation (S:1018-1027) leaves one image of each batch in
-   its place on average: a pair without information. Here the batch is deranged; or pass `losers=`
-   from the whole data set, as the paper has it, and a batch of one works too.
-2. `pair_weight` = 0 silences the preference where the caption was dropped to "": nothing makes one
-   image the better one there. The MSE term stays. The official code applies the preference there.
-3. Losers are reordered latents. The official code sends winners and losers through the VAE, though
-   the losers are the same images in another order (S:1027, 1040).
-4. Errors are fp32 for policy and reference, and both run the same arithmetic: u is exactly 0 at the
+   its place on average. Such a pair nearly ties, as its halves are two samples of the VAE's
+   posterior for one image, and it teaches nothing about the caption. Here the batch is deranged,
+   or `losers=` come from the whole data set, as in the paper; a batch of one then works too.
+2. `pair_weight` = 0 silences the preference, not the MSE term, where the caption was dropped to "":
+   neither image is the better one there. The official code applies the preference there.
+3. Losers are reordered latents. The official code encodes them a second time (S:1027, 1040).
+4. Errors are fp32, and policy and reference run the same arithmetic, so that u is exactly 0 at the
    start (see `frozen_copy`). The official reference is in half precision (S:939, 1149), whose
    rounding alone moves u by up to 0.3 (fp16) or 2.4 (bf16).
 5. A tie, u = 0, counts one half in the implicit accuracy, not as an error.
-6. v-prediction works; other prediction types are refused before the UNet runs (S:1117: mid-loop).
-7. The MSE term of Eq. 9 is there. That commit minimises L_dpo alone (S:1157), as Table 4 does;
-   dpo_weight=1.0, mse_weight=0.0 is the same.
+6. v-prediction and flow matching work, and anything else is refused before the model runs. The
+   official code knows ε alone, and stops in mid-loop (S:1117).
+7. The MSE term of Eq. 9 is there. The official commit minimises L_dpo alone (S:1157), as Table 4
+   does; dpo_weight=1.0, mse_weight=0.0 is the same.
 """
 
 import copy
@@ -102,39 +114,37 @@ def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None
 # ------------------------------------------- pairs: the same ε and the same t for both
 
 
-def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε, in fp32.
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler: Any) -> Tensor:
+    """x_t = a x_0 + b ε, in fp32; the module's head has a and b.
 
-    latents, noise: (B, C, H, W), or (B, C, F, H, W) of a video. timesteps: (B,) integers.
-    alphas_cumprod: (T,), ᾱ.
+    latents, noise: (B, ...), such as (B, C, H, W), a video's (B, C, F, H, W) or Flux's packed
+    (B, S, D). timesteps: (B,) integers, or for flow matching floats in 0..T, t = σ·T. Returns the
+    shape of latents. Raises ValueError for a scheduler that fits none of the three predictions.
     """
-    sqrt_alpha, sqrt_one_minus_alpha = _schedule(latents, timesteps, alphas_cumprod)
-    return sqrt_alpha * latents.float() + sqrt_one_minus_alpha * noise.float()
+    a, b = _coefficients(latents, timesteps, scheduler)
+    return a * latents.float() + b * noise.float()
 
 
 def training_target(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler: Any) -> Tensor:
-    """What the UNet is to predict, in fp32: ε, or v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0.
+    """What the model is to predict, in fp32: ε, v = a ε - b x_0, or the flow's ε - x_0.
 
-    Shapes as in `add_noise`. Raises ValueError for any other scheduler.config.prediction_type.
+    Shapes and ValueError as in `add_noise`.
     """
-    prediction_type = scheduler.config.prediction_type
+    x_0, eps = latents.float(), noise.float()
+    prediction_type = _prediction_type(scheduler)
     if prediction_type == "epsilon":
-        return noise.float()
-    if prediction_type == "v_prediction":
-        alphas_cumprod = scheduler.alphas_cumprod
-        sqrt_alpha, sqrt_one_minus_alpha = _schedule(latents, timesteps, alphas_cumprod)
-        return sqrt_alpha * noise.float() - sqrt_one_minus_alpha * latents.float()
-    raise ValueError(
-        f"prediction_type {prediction_type!r} is not supported: "
-        "use a model whose scheduler has 'epsilon' or 'v_prediction'"
-    )
+        return eps
+    if prediction_type == "flow_prediction":
+        return eps - x_0
+    a, b = _coefficients(latents, timesteps, scheduler)
+    return a * eps - b * x_0
 
 
 class Pairs(NamedTuple):
-    """What the UNet sees and should answer, 2B rows: all winners, then their losers in order."""
+    """What the model sees and should answer, 2B rows: all winners, then their losers in order."""
 
-    noisy: Tensor  # x_t, [2B, C, H, W] fp32
-    target: Tensor  # ε or v, [2B, C, H, W] fp32
+    noisy: Tensor  # x_t, [2B, ...] fp32, of the latents' shape
+    target: Tensor  # ε, v or ε - x_0, [2B, ...] fp32
     timesteps: Tensor  # t, [2B]
 
 
@@ -149,31 +159,33 @@ def make_pairs(
 ) -> Pairs:
     """Give winner and loser the same noise at the same timestep (S:1065-1067).
 
-    scheduler: has alphas_cumprod, config.prediction_type and config.num_train_timesteps = T.
-    winners, losers: (B, C, H, W) clean scaled latents. noise: the same shape, ~ N(0, I) if None.
-    timesteps: (B,), ~ U{0..T-1} if None. Raises ValueError where a shape differs.
+    scheduler: one of diffusers, with ε- or v-prediction and alphas_cumprod, or of flow matching; T
+    is its config.num_train_timesteps. winners, losers: (B, ...) clean scaled latents, as in
+    `add_noise`. noise: the same shape, ~ N(0, I) if None. timesteps: (B,), if None ~ U{0..T-1}, or
+    for flow matching ~ U(0, T). Raises ValueError for another scheduler or where a shape differs.
     """
     B, device = len(winners), _random_device(winners, generator)
     if noise is None:
         noise = torch.randn(winners.shape, generator=generator, device=device)
     if timesteps is None:
-        T = scheduler.config.num_train_timesteps
-        timesteps = torch.randint(T, (B,), generator=generator, device=device)
+        flow = _prediction_type(scheduler) == "flow_prediction"
+        T, draw = scheduler.config.num_train_timesteps, {"generator": generator, "device": device}
+        timesteps = T * torch.rand(B, **draw) if flow else torch.randint(T, (B,), **draw)
     _expect("losers", losers, winners.shape)
     _expect("noise", noise, winners.shape)
     _expect("timesteps", timesteps, (B,))
 
-    x_0 = torch.cat([winners, losers])  # [2B, C, H, W]
+    x_0 = torch.cat([winners, losers])  # [2B, ...]
     noise = torch.cat([noise, noise]).to(x_0.device)
     timesteps = torch.cat([timesteps, timesteps]).to(x_0.device)
     return Pairs(
-        noisy=add_noise(x_0, noise, timesteps, scheduler.alphas_cumprod),
+        noisy=add_noise(x_0, noise, timesteps, scheduler),
         target=training_target(x_0, noise, timesteps, scheduler),
         timesteps=timesteps,
     )
 
 
-# ------------------------------------------- errors: one pass of a UNet over winners and losers
+# ------------------------------------------- errors: one pass of a model over winners and losers
 
 
 def denoising_error(
@@ -182,14 +194,17 @@ def denoising_error(
     """The mean squared error of each row (S:1137): (2B,) fp32, winners first.
 
     unet: called as unet(noisy, timesteps, encoder_hidden_states, **unet_kwargs); its output is
-    `.sample` or the tensor itself. Conditions are those of the B winners and are repeated for the
-    losers: encoder_hidden_states (B, S, D) and every tensor in unet_kwargs, also inside dicts and
-    lists (SDXL's added_cond_kwargs). Raises ValueError for a condition without B rows.
+    `.sample` or the tensor itself. A transformer, whose arguments have another order, comes inside
+    a lambda. Conditions are those of the B winners and are repeated for the losers:
+    encoder_hidden_states (B, S, D) and every tensor in unet_kwargs, also inside dicts and lists
+    (SDXL's added_cond_kwargs). The noisy latents are cast to the dtype of encoder_hidden_states, so
+    that has to be the dtype the model takes: fp32, or half with half weights. The errors are fp32
+    all the same. Raises ValueError for a condition without B rows.
     """
     B = len(pairs.timesteps) // 2
     condition = _repeat("encoder_hidden_states", encoder_hidden_states, B)
     unet_kwargs = {name: _repeat(name, value, B) for name, value in unet_kwargs.items()}
-    # The conditions tell which dtype the UNet takes: fp32, or half with half weights.
+    # A callable has no dtype to ask for, but its user has made the condition in the right one.
     output = unet(pairs.noisy.to(condition.dtype), pairs.timesteps, condition, **unet_kwargs)
     prediction = getattr(output, "sample", output)
     return (prediction.float() - pairs.target).square().flatten(1).mean(1)
@@ -223,7 +238,10 @@ def sudo_objective(
     Both terms are means over all B rows, weighted or not: micro-batches and processes then average
     to the loss of the whole batch. Raises ValueError where a shape differs.
 
-    Returns L, a scalar, and detached fp32 scalars (*: mean over the pairs with weight, 0 if none):
+    Returns L, a scalar, and detached fp32 scalars. Those with a * are means over the pairs whose
+    weight is not 0, and 0 if there are none. Each such pair counts once in them, whatever its
+    weight. The loss divides by all B instead, so after dropped captions it is not
+    λ1 · dpo + λ2 · mse of the metrics:
         loss             L
         dpo *            -log σ(u): ln 2 = 0.6931 at the start
         mse              mean e_w, the term of λ2
@@ -233,10 +251,10 @@ def sudo_objective(
         implicit_acc *   share of u > 0, a tie counting one half
         saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four digits
     """
-    B = len(errors) // 2
-    weight = torch.ones_like(errors[:B]) if pair_weight is None else pair_weight.to(errors)
+    B = errors.numel() // 2
     _expect("errors", errors, (2 * B,))
     _expect("ref_errors", ref_errors, (2 * B,))
+    weight = torch.ones_like(errors[:B]) if pair_weight is None else pair_weight.to(errors)
     _expect("pair_weight", weight, (B,))
 
     e_w, e_l = errors.chunk(2)
@@ -287,13 +305,15 @@ def sudo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The SUDO loss of a batch, to call backward() on, and the metrics of `sudo_objective`.
 
-    unet: the policy. reference: its `frozen_copy`, or any callable like it (for LoRA: the policy
-    with its adapters off), or the (2B,) errors that the reference has on these very pairs.
-    latents: (B, C, H, W) clean scaled latents of the winners. encoder_hidden_states: (B, S, D) of
-    their captions. losers: (B, C, H, W), `random_image(latents)` if None (ValueError for B = 1).
-    beta: tied to the size of the model's errors, as one unit of u is an error difference of 2/β.
-    noise, timesteps, generator: as in `make_pairs`; pair_weight and the two weights: as in
-    `sudo_objective`; unet_kwargs: as in `denoising_error`. All raise ValueError for a wrong shape.
+    unet: the policy, a UNet or a transformer in a lambda, as in `denoising_error`. reference: its
+    `frozen_copy`, or any callable like it (for LoRA: the policy with its adapters off), or the
+    (2B,) errors that the reference has on these very pairs. latents: clean scaled latents of the
+    winners, (B, C, H, W) for images, else as in `add_noise`. encoder_hidden_states: (B, S, D) of
+    their captions, in the dtype that the model takes. losers: shaped like latents,
+    `random_image(latents)` if None (ValueError for B = 1). beta: tied to the size of the model's
+    errors, as one unit of u is an error difference of 2/β. scheduler, noise, timesteps, generator:
+    as in `make_pairs`; pair_weight and the two weights: as in `sudo_objective`; unet_kwargs: as in
+    `denoising_error`. Raises ValueError for a wrong shape or an unfit scheduler.
     """
     if losers is None:
         losers = random_image(latents, generator)
@@ -310,7 +330,7 @@ def sudo_loss(
 
 
 def frozen_copy(unet: torch.nn.Module) -> torch.nn.Module:
-    """The reference: the UNet as it is now, same dtype and device, in eval mode, no gradient.
+    """The reference: the model as it is now, same dtype and device, in eval mode, no gradient.
 
     Train the policy in eval mode as well, unless it has dropout: in training mode diffusers lays
     some tensors out otherwise, and u starts at rounding error (1e-7 times β), not at 0.
@@ -326,10 +346,29 @@ def _random_device(images: Tensor, generator: torch.Generator | None) -> torch.d
     return images.device if generator is None else generator.device
 
 
-def _schedule(latents: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) in fp32, [B, 1, 1, 1] for latents of four dimensions."""
-    alpha = alphas_cumprod.to(latents.device, torch.float32)[timesteps]
-    alpha = alpha.view(-1, *[1] * (latents.ndim - 1))
+def _prediction_type(scheduler: Any) -> str:
+    """One of "epsilon", "v_prediction" and "flow_prediction". Raises ValueError if none fits."""
+    name = getattr(scheduler.config, "prediction_type", None)
+    # The FlowMatch schedulers of diffusers give no name, and scale_noise in the place of add_noise.
+    flow = name == "flow_prediction" or (name is None and hasattr(scheduler, "scale_noise"))
+    if flow and hasattr(scheduler.config, "num_train_timesteps"):
+        return "flow_prediction"
+    if name in ("epsilon", "v_prediction") and hasattr(scheduler, "alphas_cumprod"):
+        return name
+    raise ValueError(
+        f"{type(scheduler).__name__} with prediction_type {name!r} is not supported: use 'epsilon' "
+        "or 'v_prediction' with a scheduler that has alphas_cumprod, or one of flow matching"
+    )
+
+
+def _coefficients(latents: Tensor, timesteps: Tensor, scheduler: Any) -> tuple[Tensor, Tensor]:
+    """a and b of x_t = a x_0 + b ε, in fp32, [B, 1, 1, 1] for latents of four dimensions."""
+    shape = (-1, *[1] * (latents.ndim - 1))
+    if _prediction_type(scheduler) == "flow_prediction":  # some of these have alphas_cumprod too
+        T = scheduler.config.num_train_timesteps
+        sigma = timesteps.to(latents.device, torch.float32).view(shape) / T
+        return 1 - sigma, sigma
+    alpha = scheduler.alphas_cumprod.to(latents.device, torch.float32)[timesteps].view(shape)
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 

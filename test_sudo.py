@@ -24,11 +24,20 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    IPNDMScheduler,
+    KarrasVeScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
 )
 from peft import LoraConfig
 from PIL import Image
@@ -43,6 +52,11 @@ sys.path.insert(0, str(HERE / "lab"))
 import compare  # noqa: E402
 
 B, BETA = 4, 300.0
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 10,
+}
 
 
 def tiny_unet(**config):
@@ -58,6 +72,26 @@ def tiny_unet(**config):
         norm_num_groups=8,
         **config,
     )
+
+
+def tiny_transformer(name):
+    """SD3's, Flux's or Wan's, its latents, its conditions and what has no batch axis."""
+    torch.manual_seed(0)
+    size = {"num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2}
+    channels, text = {"in_channels": 4, "out_channels": 4}, {"joint_attention_dim": 12}
+    if name == "Wan":
+        model = WanTransformer3DModel(text_dim=12, freq_dim=16, ffn_dim=32, **size, **channels)
+        return model, torch.randn(B, 4, 2, 8, 8), {}, {}
+    pooled = {"pooled_projections": torch.randn(B, 10)}
+    text["pooled_projection_dim"] = 10
+    if name == "SD3":
+        place = {"sample_size": 8, "pos_embed_max_size": 4, "caption_projection_dim": 24}
+        model = SD3Transformer2DModel(**place, **size, **channels, **text)
+        return model, torch.randn(B, 4, 8, 8), pooled, {}
+    rope = {"num_single_layers": 1, "axes_dims_rope": (4, 4, 4), "guidance_embeds": True}
+    model = FluxTransformer2DModel(in_channels=16, **rope, **size, **text)
+    ids = {"img_ids": torch.rand(16, 3), "txt_ids": torch.zeros(5, 3)}
+    return model, torch.randn(B, 16, 16), pooled | {"guidance": torch.ones(B)}, ids
 
 
 def moved(unet, scale=0.01):
@@ -93,9 +127,13 @@ def oracle(unet, reference, scheduler, b, pair_weight, beta=BETA, l1=0.5, l2=0.5
         side = {}
         for name, x in (("w", b.winners), ("l", b.losers)):
             x = x[i : i + 1].double()
-            x_t = scheduler.add_noise(x, eps, t)
-            v_prediction = scheduler.config.prediction_type == "v_prediction"
-            goal = scheduler.get_velocity(x, eps, t) if v_prediction else eps
+            if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+                sigma = t.double() / 1000
+                x_t, goal = (1 - sigma) * x + sigma * eps, eps - x
+            else:
+                x_t = scheduler.add_noise(x, eps, t)
+                v_prediction = scheduler.config.prediction_type == "v_prediction"
+                goal = scheduler.get_velocity(x, eps, t) if v_prediction else eps
             side[name] = ((unet(x_t, t, c.double()).sample - goal) ** 2).sum() / goal.numel()
             with torch.no_grad():
                 answer = reference(x_t, t, c.double()).sample
@@ -109,27 +147,22 @@ def oracle(unet, reference, scheduler, b, pair_weight, beta=BETA, l1=0.5, l2=0.5
     return l1 * dpo + l2 * mse, margins, errors
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 @pytest.mark.parametrize("pair_weight", [None, [1.0, 0.0, 1.0, 0.0], [0.5, 2.0, 0.0, 1.0]])
 def test_loss_gradients_and_metrics_are_those_of_the_equations(prediction_type, pair_weight):
-    scheduler = DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear")
-    exact = copy.deepcopy(scheduler)
-    exact.alphas_cumprod = exact.alphas_cumprod.double()
     reference = tiny_unet()
     policy, b = moved(reference), batch()
+    if prediction_type == "flow":
+        exact = scheduler = FlowMatchEulerDiscreteScheduler()
+        b.timesteps = b.timesteps + 0.3
+    else:
+        scheduler = DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear")
+        exact = copy.deepcopy(scheduler)
+        exact.alphas_cumprod = exact.alphas_cumprod.double()
     given = None if pair_weight is None else torch.tensor(pair_weight)
-    loss, metrics = sudo.sudo_loss(
-        policy,
-        sudo.frozen_copy(reference),
-        scheduler,
-        b.winners,
-        b.conditions,
-        losers=b.losers,
-        beta=BETA,
-        pair_weight=given,
-        noise=b.noise,
-        timesteps=b.timesteps,
-    )
+    draws = {"losers": b.losers, "noise": b.noise, "timesteps": b.timesteps}
+    arguments = (policy, sudo.frozen_copy(reference), scheduler, b.winners, b.conditions)
+    loss, metrics = sudo.sudo_loss(*arguments, beta=BETA, pair_weight=given, **draws)
     loss.backward()
 
     policy64, weight = copy.deepcopy(policy).double(), pair_weight or [1.0] * B
@@ -200,17 +233,37 @@ def test_errors_are_fp32_for_a_half_precision_unet():
     assert errors.dtype == torch.float32 and errors.shape == (2 * B,)
 
 
-def test_a_step_prefers_the_winner_and_leaves_the_reference_alone():
-    policy, b = tiny_unet(), batch()
+@pytest.mark.parametrize("name", ["UNet", "SD3", "Flux", "Wan"])
+def test_steps_prefer_the_winner_and_leave_the_reference_alone(name):
+    b, scheduler = batch(), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    policy, latents, condition, ids = tiny_unet(), b.winners, {}, {}
+    if name != "UNet":
+        policy, latents, condition, ids = tiny_transformer(name)
+
+    def ordered(model):
+        if name in ("UNet", "Wan"):  # take their arguments in this order already
+            return model
+        return lambda x, t, c, **kwargs: model(
+            hidden_states=x, timestep=t, encoder_hidden_states=c, **ids, **kwargs
+        )
+
     reference = sudo.frozen_copy(policy)
     kept = copy.deepcopy(reference.state_dict())
-    same = {"losers": b.losers, "noise": b.noise, "timesteps": b.timesteps, "beta": BETA}
-    arguments = (DDPMScheduler(), b.winners, b.conditions)
-    loss, _ = sudo.sudo_loss(policy, reference, *arguments, mse_weight=0.0, **same)
-    loss.backward()
-    torch.optim.SGD(policy.parameters(), 1e-4).step()
-    _, metrics = sudo.sudo_loss(policy, reference, *arguments, mse_weight=0.0, **same)
-    assert metrics["margin"] > 0 and metrics["winner_drift"] < metrics["loser_drift"]
+    optimizer = torch.optim.SGD(policy.parameters(), 1e-4)
+    margins = []
+    for _ in range(4):
+        same = {"generator": torch.Generator().manual_seed(4), "beta": BETA, "mse_weight": 0.0}
+        arguments = (scheduler, latents, b.conditions)
+        loss, metrics = sudo.sudo_loss(
+            ordered(policy), ordered(reference), *arguments, **same, **condition
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not margins:
+            assert metrics["dpo"] == torch.tensor(math.log(2)) and metrics["margin"] == 0
+        margins.append(float(metrics["margin"]))
+    assert margins == sorted(set(margins)) and metrics["winner_drift"] < metrics["loser_drift"]
     assert not reference.training and not any(p.requires_grad for p in reference.parameters())
     assert all(p.grad is None for p in reference.parameters())
     assert_close(reference.state_dict(), kept, rtol=0, atol=0)
@@ -269,36 +322,36 @@ def test_random_grid_swaps_two_cells_of_each_image():
     assert len(moves) > 15
 
 
-@pytest.mark.parametrize("shape", [(B, 4, 8, 8), (B, 4, 3, 8, 8)], ids=["image", "video"])
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 3, 8, 8), (16, 16)], ids=len)
 def test_noise_and_targets_are_those_of_diffusers(shape):
-    x, eps, t = torch.randn(shape), torch.randn(shape), torch.tensor([0, 10, 500, 999])
+    x, eps, t = torch.randn(B, *shape), torch.randn(B, *shape), torch.tensor([0, 10, 500, 999])
     scheduler = DDPMScheduler(prediction_type="v_prediction")
-    noisy = sudo.add_noise(x, eps, t, scheduler.alphas_cumprod)
-    assert_close(noisy, scheduler.add_noise(x, eps, t))
+    assert_close(sudo.add_noise(x, eps, t, scheduler), scheduler.add_noise(x, eps, t))
     velocity = sudo.training_target(x, eps, t, scheduler)
     assert_close(velocity, scheduler.get_velocity(x, eps, t))
-    assert sudo.add_noise(x.half(), eps.half(), t, scheduler.alphas_cumprod).dtype == torch.float32
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    t = flow.timesteps[t]
+    for scheduler in (flow, UniPCMultistepScheduler(prediction_type="flow_prediction")):
+        assert_close(sudo.add_noise(x, eps, t, scheduler), flow.scale_noise(x, t, eps))
+        assert_close(sudo.training_target(x, eps, t, scheduler), eps - x)
+        assert sudo.add_noise(x.half(), eps.half(), t, scheduler).dtype == torch.float32
 
 
-def test_winner_and_loser_share_noise_and_timestep():
-    b, scheduler = batch(), DDPMScheduler()
-    rng = torch.Generator().manual_seed(3)
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_winner_and_loser_share_noise_and_timestep(scheduler):
+    b, rng = batch(), torch.Generator().manual_seed(3)
     pairs = sudo.make_pairs(scheduler, b.winners, b.losers, generator=rng)
-    assert torch.equal(pairs.timesteps[:B], pairs.timesteps[B:])
-    assert torch.equal(pairs.target[:B], pairs.target[B:])
-    # Solved for ε, both halves hold the noise that is their target, on their own image.
-    alpha = scheduler.alphas_cumprod[pairs.timesteps].view(-1, 1, 1, 1)
-    eps = (pairs.noisy - alpha.sqrt() * torch.cat([b.winners, b.losers])) / (1 - alpha).sqrt()
-    assert_close(eps, pairs.target, rtol=1e-3, atol=1e-3)
+    t, x = pairs.timesteps.view(-1, 1, 1, 1), torch.cat([b.winners, b.losers])
+    assert torch.equal(t[:B], t[B:]) and len(t.unique()) == B and t.min() >= 0 and t.max() > 1
+    flow, alpha = t.is_floating_point(), DDPMScheduler().alphas_cumprod[t.long()]
+    scale, sigma = (1 - t / 1000, t / 1000) if flow else (alpha.sqrt(), (1 - alpha).sqrt())
+    eps = (pairs.noisy - scale * x) / sigma
+    assert_close(eps[:B], eps[B:], rtol=1e-3, atol=1e-3)
+    assert_close(eps - x if flow else eps, pairs.target, rtol=1e-3, atol=1e-3)
 
 
 def test_sdxl_conditions_are_repeated_in_order():
-    unet = tiny_unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 10,
-    )
-    b = batch()
+    unet, b = tiny_unet(**SDXL), batch()
     added = {"text_embeds": torch.randn(B, 10), "time_ids": torch.randint(64, (B, 6)).float()}
     pairs = sudo.make_pairs(
         DDPMScheduler(), b.winners, b.losers, noise=b.noise, timesteps=b.timesteps
@@ -351,6 +404,9 @@ def call(**changes):
     [
         ({"latents": torch.randn(1, 4, 8, 8)}, "pass losers="),
         ({"scheduler": DDPMScheduler(prediction_type="sample")}, "'sample' is not supported"),
+        ({"scheduler": EDMEulerScheduler()}, "'epsilon' is not .* 'v_prediction' .* flow matching"),
+        ({"scheduler": KarrasVeScheduler()}, "or one of flow matching"),
+        ({"scheduler": IPNDMScheduler()}, "or one of flow matching"),
         ({"losers": torch.randn(B - 1, 4, 8, 8)}, "losers has shape"),
         ({"losers": torch.randn(B, 4, 16, 16)}, "losers has shape"),
         ({"noise": torch.randn(1, 4, 8, 8)}, "noise has shape"),
@@ -368,7 +424,8 @@ def test_mistakes_are_refused_before_the_unet_runs(changes, message):
     "arguments, message",
     [
         ((torch.rand(8), torch.rand(6)), "ref_errors has shape"),
-        ((torch.rand(7), torch.rand(7)), "errors has shape"),
+        ((torch.rand(7), torch.rand(7)), "^errors has shape"),
+        ((torch.tensor(0.5), torch.rand(8)), "^errors has shape"),
         ((torch.rand(8), torch.rand(8), 1.0, 0.5, 0.5, torch.ones(4, 1)), "pair_weight has shape"),
     ],
 )
@@ -831,9 +888,11 @@ def test_the_snippets_of_a_page_do_what_it_says(page):
         "latents": b.winners,
         "encoder_hidden_states": b.conditions,
         "accelerator": Accelerator(cpu=True),
+        "torch": torch,
         **{name: getattr(sudo, name) for name in ("sudo_loss", "frozen_copy")},
     }
-    plain, sdxl, lora = snippets(page)
+    plain, sdxl, lora, *transformers = snippets(page)
+    assert len(transformers) == (2 if page == "README.md" else 0)
 
     names = shared | {"unet": tiny_unet().eval()}
     exec(plain, names)
@@ -841,11 +900,7 @@ def test_the_snippets_of_a_page_do_what_it_says(page):
 
     added = {"text_embeds": torch.randn(B, 10), "time_ids": torch.randint(64, (B, 6)).float()}
     has_caption = torch.tensor([True, False, True, True])
-    reference = tiny_unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 10,
-    )
+    reference = tiny_unet(**SDXL)
     policy = moved(reference)
     names = shared | {"unet": policy, "reference": reference, "has_caption": has_caption}
     torch.manual_seed(3)
@@ -870,10 +925,31 @@ def test_the_snippets_of_a_page_do_what_it_says(page):
     assert_close(names["loss"], loss)
     assert names["metrics"]["margin"] != 0
     names["loss"].backward()
-    assert {n.split(".")[-3] for n, p in policy.named_parameters() if p.grad is not None} == {
-        "lora_A",
-        "lora_B",
-    }
+    trained = {n.split(".")[-3] for n, p in policy.named_parameters() if p.grad is not None}
+    assert trained == {"lora_A", "lora_B"}
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, shift_factor=0.6)
+    given = {"vae": vae, "pixel_values": torch.randn(B, 3, 8, 8), "prompt_embeds": b.conditions}
+    given |= {"pooled_prompt_embeds": torch.randn(B, 10), "beta": 9.0, "FluxPipeline": FluxPipeline}
+    scheduler = shared["noise_scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for code, name, unit in zip(transformers, ("SD3", "Flux"), (1, 1000)):
+        transformer, seen = tiny_transformer(name)[0], {}
+        reference = sudo.frozen_copy(transformer)
+        transformer.register_forward_hook(
+            lambda _, args, kwargs, out, seen=seen: seen.update(kwargs, out=out.sample),
+            with_kwargs=True,
+        )
+        names |= shared | given | {"transformer": transformer, "reference": reference}
+        torch.manual_seed(3)
+        exec(code, names)
+        t, x = names["timesteps"], names["latents"]
+        assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
+        assert_close(seen["timestep"] * unit, torch.cat([t, t]))
+        # The error of the winners by ε - x = (x_t - x) / σ, from what the transformer saw.
+        sigma = (t / 1000).view(B, *[1] * (x.ndim - 1))
+        error = seen["out"][:B] - (seen["hidden_states"][:B] - x) / sigma
+        assert_close(names["metrics"]["mse"], error.square().mean().detach(), rtol=1e-3, atol=0)
+        assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
 
 
 def test_the_tables_on_the_pages_are_those_of_the_results(capsys):

@@ -399,7 +399,7 @@ def half_precision(dtype: torch.dtype = torch.bfloat16):
 
 def sft_loss(unet, scheduler, latents, noise, timesteps, losers, pair_weight, **conditions):
     """The MSE term of Eq. 9 alone, on the winners alone: what SUDO is compared with."""
-    noisy = sudo.add_noise(latents, noise, timesteps, scheduler.alphas_cumprod)
+    noisy = sudo.add_noise(latents, noise, timesteps, scheduler)
     target = sudo.training_target(latents, noise, timesteps, scheduler)
     loss = (unet(noisy, timesteps, **conditions).sample.float() - target).square().mean()
     return loss, dict.fromkeys(("loss", "mse", "winner_error"), loss.detach())
