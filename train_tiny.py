@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -222,13 +223,13 @@ def read_row(line: str, folder: Path, image_column: str, caption_column: str) ->
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
-    for column, name in ((image_column, "--image-column"), (caption_column, "--caption-column")):
+    for column in (image_column, caption_column):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             wanted = json.dumps({image_column: "picture.png", caption_column: "its caption"})
             there = ", ".join(row) if isinstance(row, dict) else "none"
             raise ValueError(
-                f"no text under {column!r}; a row should look like {wanted}, and {name} takes "
-                f"another name. The columns that are there: {there}."
+                f"no text under {column!r}. The columns that are there: {there}. A row should be "
+                f"like {wanted}; --image-column and --caption-column take other names."
             )
     file = folder / row[image_column]
     try:
@@ -273,11 +274,9 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> Data:
     move_encoders(pipe, DEVICE)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     at_once = 8 if size <= 512 else 1
-    downgrade = {
-        "random_image": None,  # another row
-        "blur": sudo.blur,
-        "random_grid": partial(sudo.random_grid, generator=generator(config.seed, "swaps")),
-    }[config.downgrade]
+    swap = partial(sudo.random_grid, generator=generator(config.seed, "swaps"))
+    # Without one of these, the loser is another row.
+    downgrade = {"blur": sudo.blur, "random_grid": swap}.get(config.downgrade)
 
     def to_latents(pixels: Tensor) -> Tensor:
         # SDXL's VAE overflows in fp16.
@@ -557,21 +556,19 @@ def sample(pipe: DiffusionPipeline, prompts: list[str], config: Config) -> list[
     return pictures
 
 
-def sheet(before: list[Image.Image], after: list[Image.Image], prompts: list[str]) -> Image.Image:
-    """The pictures before and after, one above the other, with their captions below."""
-    side, font = 180, ImageFont.load_default(17)
-    canvas = Image.new("RGB", (70 + side * len(prompts), 2 * side + 100), "white")
-    pen = ImageDraw.Draw(canvas)
-    pen.text((6, side // 2), "before", "black", font)
-    pen.text((6, side * 3 // 2), "after", "black", font)
-    for i, prompt in enumerate(prompts):
-        x = 70 + side * i
-        for y, picture in ((8, before[i]), (side + 8, after[i])):
-            canvas.paste(ImageOps.expand(picture.resize((168, 168)), 1, "gray"), (x, y))
-        # The font has Western letters only.
-        text = prompt if all(ord(c) < 256 for c in prompt) else f"caption {i + 1} of the data"
-        pen.text((x, 2 * side + 8), textwrap.fill(text, 20, max_lines=4), "black", font)
-    return canvas
+def sheet(prompts: list[str], **rows: list[Image.Image]) -> Image.Image:
+    """The rows of pictures one above the other, each picture over its caption."""
+    tiles, font = [], ImageFont.load_default(16)
+    for name, pictures in rows.items():
+        for i, (prompt, picture) in enumerate(zip(prompts, pictures), 1):
+            tile = Image.new("RGB", (190, 300), "white")
+            tile.paste(ImageOps.expand(picture.resize((178, 178)), 1, "gray"), (5, 5))
+            # The font has Western letters only.
+            text = prompt if all(ord(c) < 256 for c in prompt) else f"caption {i} of the data"
+            text = textwrap.fill(f"{name}: {text}", 22, max_lines=5)
+            ImageDraw.Draw(tile).text((6, 190), text, "black", font)
+            tiles.append(tile)
+    return make_image_grid(tiles, len(rows), len(prompts))
 
 
 def announce(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> None:
@@ -660,8 +657,8 @@ def run(config: Config) -> None:
                 state = {"unet": weights, "optimizer": moments, "reference_errors": errors}
                 save_checkpoint(output, run=this, step=done, **state)
             if config.sample_every and done % config.sample_every == 0 and done < config.steps:
-                now = sheet(before, sample(pipe, prompts, config), prompts)
-                now.save(output / f"samples-{done:06d}.png")
+                pictures = sheet(prompts, before=before, now=sample(pipe, prompts, config))
+                pictures.save(output / f"samples-{done:06d}.png")
     except FloatingPointError as error:
         names = ", ".join(data.files[row].name for row in draw(data, config, done)[0][:8])
         sys.exit(
@@ -670,7 +667,8 @@ def run(config: Config) -> None:
             f"{output} is whole."
         )
     if RANK == 0:
-        sheet(before, sample(pipe, prompts, config), prompts).save(output / "samples.png")
+        pictures = sheet(prompts, before=before, after=sample(pipe, prompts, config))
+        pictures.save(output / "samples.png")
         pipe.save_pretrained(output)
         print(
             f"The pipeline is in {output}, beside samples.png and metrics.jsonl. Draw with it:\n"
