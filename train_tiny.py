@@ -85,6 +85,8 @@ RECIPES = {
     "sdxl": dict(model=SDXL, steps=1000, batch_size=1, grad_accum=96, lr=1e-6, beta=5000.0)
     | {"optimizer": "adafactor"},  # as in the paper
 }
+# Plain fine-tuning wants a larger lr, which falls to 0; SUDO's is constant, as in the paper.
+SFT_LR = {"tiny": 3e-4, "sd15": 1e-5, "sdxl": 1e-5}
 GUIDANCE = {"tiny": 1.0, "sd15": 7.5, "sdxl": 5.0}  # of samples.png
 
 
@@ -111,6 +113,7 @@ class Config:
     batch_size: int = flag("pairs in a forward pass of one process")
     grad_accum: int = flag("forward passes in a step")
     lr: float = flag("learning rate after the warm-up")
+    lr_schedule: str = flag("linear falls to 0 at the end", choices=("constant", "linear"))
     optimizer: str = flag("adafactor takes less memory", "adamw", choices=("adamw", "adafactor"))
     beta: float = flag("β of Eq. 8, to go with the size of the model's errors")
     caption_dropout: float = flag('share of the captions replaced by ""', 0.2)
@@ -140,7 +143,9 @@ def parse(argv: list[str] | None = None) -> Config:
         print("No GPU found: training the tiny model in lab/tiny-sd, not Stable Diffusion 1.5.")
     model = given.pop("model", "sd15" if DEVICE.type == "cuda" else "tiny")
     family, own = (model, {}) if model in RECIPES else (family_of(model), {"model": model})
-    config = Config(**{"family": family, **RECIPES[family], **own, **given})
+    sft = {"lr": SFT_LR[family], "lr_schedule": "linear"} if given.get("loss") == "sft" else {}
+    recipe = {"family": family, "lr_schedule": "constant", **RECIPES[family], **sft}
+    config = Config(**recipe | own | given)
     if not 0 <= config.caption_dropout <= 1:
         parser.error("--caption-dropout is a share, from 0 to 1")
     if config.checkpoint_every < 1 or config.sample_every < 0:
@@ -446,6 +451,13 @@ def prepare(pipe: DiffusionPipeline, config: Config):
     return unet, scheduler, optimizer
 
 
+def lr_factor(step: int, steps: int, schedule: str) -> float:
+    """A linear warm-up to 1, which stays (as in the paper) or falls linearly to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    rest = (steps - step) / max(1, steps - warmup) if schedule == "linear" else 1.0
+    return min(1.0, (step + 1) / warmup, rest)
+
+
 def train(
     unet, optimizer, loss_fn: Callable, batches: Callable, config: Config, start: int = 0
 ) -> Iterator[dict[str, float]]:
@@ -474,7 +486,7 @@ def train(
         if not math.isfinite(metrics["loss"] + norm):
             raise FloatingPointError(f"its loss is {metrics['loss']}, its gradient norm {norm}")
 
-        lr = config.lr * min(1.0, (step + 1) / max(1, round(WARMUP * config.steps)))
+        lr = config.lr * lr_factor(step, config.steps, config.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -506,10 +518,9 @@ def check_output(output: Path, resume: bool) -> None:
 
 def identity(rows: list[Row], config: Config) -> dict:
     """What a run must have in common with the checkpoint that it resumes."""
-    names = (
-        "model steps batch_size grad_accum lr optimizer beta loss downgrade caption_dropout seed"
-    )
-    run = {name: getattr(config, name) for name in (*names.split(), "precompute_reference")}
+    names = "model steps batch_size grad_accum lr lr_schedule optimizer beta loss downgrade "
+    names += "caption_dropout seed precompute_reference"
+    run = {name: getattr(config, name) for name in names.split()}
     content = repr([(row.digest, row.text) for row in rows])
     data = f"{len(rows)} rows with checksum {zlib.crc32(content.encode()):08x}"
     return run | {"processes": WORLD, "data": data}

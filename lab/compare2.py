@@ -1,0 +1,529 @@
+"""Does SUDO do here what its paper says? The paper's tables in miniature, on the small world.
+
+    python lab/compare.py           # the cells that lab/results.json lacks, then the tables
+    python lab/compare.py --tables  # the tables alone, from lab/results.json
+
+Every method fine-tunes lab/tiny-sd on captions.jsonl by the trainer's own loop, and the world's
+exact judge counts what its samples show. The lr and β of each method are chosen from a grid of the
+same size on the validation captions, with two seeds; then the method is trained from several seeds
+and judged on two drawings of every test caption. For one seed all methods on the same pictures see
+the same rows, noise, timesteps and dropped captions in the same order, and are judged from the same
+initial noise, so that their differences can be paired.
+
+Each cell, one training and its judging, is written to lab/results.json as it ends, so the command
+can be stopped and started. Whoever changes a method removes its cells.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+LAB = Path(__file__).parent
+sys.path.insert(0, str(LAB.parent))
+
+import sudo  # noqa: E402
+import train_tiny  # noqa: E402
+import world  # noqa: E402
+
+RESULTS = LAB / "results.json"
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0)
+TINY = train_tiny.TINY
+VALIDATION_SEEDS = (100, 101)
+SHOWN = 8  # test captions whose samples the pictures show
+
+
+# ------------------------------------------- the methods
+
+
+class Step(NamedTuple):
+    """What a method may use to change the batch of a step."""
+
+    data: train_tiny.Data
+    rows: Tensor  # [B], the winners
+    rng: torch.Generator
+
+
+def ours(step: Step) -> dict:
+    """The trainer's pairs: another picture and caption, and no preference under ""."""
+    return {}
+
+
+def any_image(step: Step) -> dict:
+    """The loser is any image of the data set, and the preference holds under "" too."""
+    rows = torch.randint(len(step.data.picture), step.rows.shape, generator=step.rng)
+    return {"losers": train_tiny.pick(rows, step.data.latents), "pair_weight": ones(step)}
+
+
+def official(step: Step) -> dict:
+    """Micro-batches of 8 are permuted, as in the paper's run: one pair in 8 is of one image."""
+    parts = [part[torch.randperm(len(part), generator=step.rng)] for part in step.rows.split(8)]
+    losers = train_tiny.pick(torch.cat(parts), step.data.latents)
+    return {"losers": losers, "pair_weight": ones(step)}
+
+
+def ones(step: Step) -> Tensor:
+    return torch.ones(len(step.rows), device=train_tiny.DEVICE)
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    loss: str = "sudo"
+    steps: int = 300
+    sft_first: int = 0  # steps of SFT that come before, with falling lr
+    changes: Callable[[Step], dict] = ours  # to the arguments of sudo_loss
+    weights: dict = field(default_factory=dict)  # of the two terms
+    every: int = 1  # the preference in each so many steps, the MSE term alone in the others
+    settings: dict = field(default_factory=dict)  # of the trainer
+    pictures: int = 384  # the first of captions.jsonl
+    same_as: str = ""  # the method whose lr and β this one takes over
+
+    @property
+    def passes(self) -> float:
+        """UNet passes for each winner of 300 steps; a backward pass counts as two."""
+        own = 3 if self.loss == "sft" else 3 + 5 / self.every
+        return (own * self.steps + 3 * self.sft_first) / 300
+
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """(lr, β) to choose from: four of each method."""
+        if self.loss == "sft":
+            return [(lr, 0.0) for lr in (1e-4, 2e-4, 3e-4, 5e-4)] if self.steps else [(0.0, 0.0)]
+        return [(2e-5, 400.0), (3e-5, 400.0), (5e-5, 400.0), (3e-5, 800.0)]
+
+
+BASE = Method("base model", loss="sft", steps=0)
+FALLING = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
+OURS = Method("SUDO")
+THEN = Method("SFT, then SUDO", steps=150, sft_first=400)
+MAIN = [
+    BASE,
+    Method("SFT, equal steps", "sft"),
+    Method("SFT, constant lr", "sft", 800),
+    FALLING,
+    Method("SUDO, any image", changes=any_image),
+    OURS,
+    replace(THEN, name="SFT, then SUDO, any image", changes=any_image),
+    THEN,
+    replace(THEN, name="SFT, then SUDO without MSE", weights={"dpo_weight": 1.0, "mse_weight": 0}),
+]
+REST = [
+    Method("SUDO, the official pairs", changes=official),
+    Method("SUDO, loser: blur", settings={"downgrade": "blur"}),
+    Method("SUDO, loser: random grid", settings={"downgrade": "random_grid"}),
+    Method("SUDO, every 2nd step only", every=2),
+    Method("SUDO on 32 pictures", pictures=32, same_as=OURS.name),
+    replace(THEN, name="SFT, then SUDO, on 32 pictures", pictures=32, same_as=THEN.name),
+]
+HEADLINES = [m.name for m in MAIN if m.name != "SFT, equal steps"]  # the rows of README.md
+TRIED = [
+    replace(THEN, name="... lr of SUDO falling too", settings={"lr_schedule": "linear"}),
+]
+
+
+# ------------------------------------------- one cell: train and judge
+
+
+def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method) -> None:
+    """The trainer's own loop, with what the method changes."""
+    unet, scheduler, optimizer = train_tiny.prepare(pipe, config)
+    sft_loss = partial(train_tiny.sft_loss, scheduler=scheduler)
+    batches = partial(train_tiny.micro_batches, data, config)
+    if method.loss == "sft":
+        for _ in train_tiny.train(unet, optimizer, sft_loss, batches, config):
+            pass
+        return
+
+    def changed(step: int) -> Iterator[dict]:
+        (batch,) = batches(step)
+        rows = train_tiny.draw(data, config, step)[0]
+        rng = train_tiny.generator(config.seed, "compare", step)
+        changes = method.changes(Step(data, rows, rng))
+        yield batch | changes | {"mse_alone": bool(step % method.every)}
+
+    preference = {"reference": sudo.frozen_copy(unet), "beta": config.beta, **method.weights}
+
+    def loss_fn(policy, mse_alone: bool, **batch) -> tuple[Tensor, dict]:
+        if mse_alone:
+            loss, metrics = sft_loss(policy, **batch)
+            return 0.5 * loss, metrics  # λ2
+        return sudo.sudo_loss(policy, scheduler=scheduler, **preference, **batch)
+
+    for _ in train_tiny.train(unet, optimizer, loss_fn, changed, config):
+        pass
+
+
+@contextmanager
+def unconditional_branch_of(reference, pipe) -> Iterator[None]:
+    """Within it, the reference answers the unconditional half of guidance, the policy the other."""
+    policy = pipe.unet.forward
+
+    def forward(noisy, timestep, encoder_hidden_states, **kwargs):
+        (empty, noisy), (none, words) = noisy.chunk(2), encoder_hidden_states.chunk(2)
+        unconditional = reference(empty, timestep, none, **kwargs)[0]
+        return (torch.cat([unconditional, policy(noisy, timestep, words, **kwargs)[0]]),)
+
+    pipe.unet.forward = forward
+    yield
+    pipe.unet.forward = policy
+
+
+def spread(first: list[Image.Image], second: list[Image.Image]) -> tuple[float, float]:
+    """Standard deviation of positions and of sizes between two pictures of the same caption.
+
+    In picture widths, from the captions for which both pictures show two things.
+    """
+    both = [
+        (a.things, b.things)
+        for a, b in zip(map(world.read, first), map(world.read, second))
+        if len(a.things) == len(b.things) == 2
+    ]
+    pairs = [(a, b) for things in both for a, b in zip(*things)]
+    places = torch.tensor([(a.x - b.x, a.y - b.y) for a, b in pairs])
+    sizes = torch.tensor([a.size - b.size for a, b in pairs])
+    return tuple((d.square().mean() / 2).sqrt().item() for d in (places, sizes))
+
+
+@torch.no_grad()
+def drift(pipe, reference, split: str) -> dict:
+    """How the errors on held-out pairs differ from the reference's, over four draws of t and ε."""
+    texts, rng = world.captions(split), random.Random(0)
+    scenes = [world.draw(world.place(text, rng)) for text in texts]
+    pixels = pipe.image_processor.preprocess(scenes)
+    latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    words, _ = pipe.encode_prompt(texts, pipe.device, 1, False)
+    generator = train_tiny.generator("held out")
+    held_out = [
+        {
+            "latents": latents,
+            "losers": sudo.random_image(latents, generator),
+            "encoder_hidden_states": words,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "timesteps": torch.randint(1000, (len(texts),), generator=generator),
+        }
+        for _ in range(4)
+    ]
+    (e_w, e_l), (r_w, r_l) = (
+        torch.stack(
+            [train_tiny.pair_errors(unet, pipe.scheduler, **pairs) for pairs in held_out]
+        ).chunk(2, dim=1)
+        for unet in (pipe.unet, reference)
+    )
+    margin = (e_l - e_w) - (r_l - r_w)
+    return {
+        "winner_drift": (e_w - r_w).mean().item(),
+        "loser_drift": (e_l - r_l).mean().item(),
+        "implicit_acc": ((margin > 0).float() + 0.5 * (margin == 0)).mean().item(),
+        "typical_difference": (r_l - r_w).abs().median().item(),
+    }
+
+
+def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: int, sft_lr: float):
+    """Train the method from the model and judge it on "validation" or "test"."""
+    torch.set_num_threads(1)  # a process for each core is faster than all cores on one tiny model
+    config = replace(
+        train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", model]),
+        **{"loss": method.loss, "lr": lr, "beta": beta, "steps": method.steps, "seed": seed},
+        **method.settings,
+    )
+    pipe = DiffusionPipeline.from_pretrained(config.model)
+    rows = train_tiny.read_rows(config.data, config.image_column, config.caption_column)
+    data = train_tiny.encode(pipe, rows[: method.pictures], config)
+    if method.sft_first:
+        first = replace(config, loss="sft", lr=sft_lr, lr_schedule="linear", steps=method.sft_first)
+        after_sft(pipe, data, first, f"{Path(model).name}-{method.pictures}-{sft_lr}-{seed}.pt")
+    pipe.unet.to(memory_format=torch.channels_last)
+    reference = sudo.frozen_copy(pipe.unet)
+    train(pipe, data, config, method)
+
+    pipe.to(train_tiny.DEVICE)
+    result = {}
+    for guidance in GUIDANCES:
+        judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
+        result[f"{guidance:g}"] = mean_scores(judged)
+        if guidance == 1 and split == "test":
+            first, second = (pictures for *_, pictures in judged)
+            result["spread"] = spread(first, second)
+            if seed == 0:
+                result["samples"] = packed(first[:SHOWN])
+        if guidance > 1 and method.loss == "sudo":
+            with unconditional_branch_of(reference, pipe):
+                judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
+            result[f"{guidance:g} ref"] = mean_scores(judged)
+    return result | drift(pipe, reference, split)
+
+
+def judge(pipe, split: str, guidance: float, seed: int):
+    return world.judge(pipe, world.captions(split), guidance, seed)
+
+
+def mean_scores(judged: list[tuple]) -> list[float]:
+    """Whole matches and attributes, of two drawings."""
+    return [fmean(scores) for scores in list(zip(*judged))[:2]]
+
+
+def after_sft(pipe, data, config: train_tiny.Config, name: str) -> None:
+    """Train pipe.unet by SFT, or take what another cell's same training left in lab/sft."""
+    file = LAB / "sft" / name
+    if not file.exists():
+        train(pipe, data, config, Method("", "sft"))
+        file.parent.mkdir(exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}")
+        torch.save(pipe.unet.state_dict(), beside)
+        beside.rename(file)
+    pipe.unet.load_state_dict(torch.load(file, weights_only=True))
+
+
+def packed(pictures: list[Image.Image]) -> str:
+    """The pictures in a row, as a PNG in base64."""
+    side, file = pictures[0].width, io.BytesIO()
+    strip = Image.new("RGB", (side * len(pictures), side))
+    for x, picture in enumerate(pictures):
+        strip.paste(picture, (x * side, 0))
+    strip.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# ------------------------------------------- all cells
+
+
+def key(model: str, method: Method, split: str, lr: float, beta: float, seed: int, _=0.0) -> str:
+    return f"{Path(model).name} | {split} | {method.name} | lr {lr:g} | β {beta:g} | seed {seed}"
+
+
+def run(jobs: list[tuple], results: dict, name: str) -> None:
+    """Run the jobs that have no result yet, a process for each core, and save each as it ends."""
+    jobs = [job for job in jobs if key(*job) not in results]
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # of the workers
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = {pool.submit(cell, *job): job for job in jobs}
+        for future in tqdm(as_completed(running), name, total=len(running), disable=False):
+            results[key(*running[future])] = future.result()
+            beside = RESULTS.with_suffix(".unfinished")
+            text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False)
+            beside.write_text(text + "\n", encoding="utf-8")
+            beside.rename(RESULTS)
+
+
+def sweep(method: Method, sft_lr: float = 0.0) -> list[tuple]:
+    tried = [(lr, beta, seed) for lr, beta in method.grid for seed in VALIDATION_SEEDS]
+    return [(TINY, method, "validation", lr, beta, seed, sft_lr) for lr, beta, seed in tried]
+
+
+def worth(result: dict) -> float:
+    """What lr and β are chosen by: whole matches at guidance 1 and at the best guidance."""
+    whole = [result[f"{guidance:g}"][0] for guidance in GUIDANCES]
+    return whole[0] + max(whole)
+
+
+class Choice(NamedTuple):
+    lr: float
+    beta: float
+    guidance: str  # that did best on the validation captions
+    with_reference: str  # the same with the reference's unconditional branch
+
+
+def choice(method: Method, results: dict) -> Choice:
+    """What did best on the validation captions, over its seeds."""
+    method = next((m for m in MAIN if m.name == method.same_as), method)
+    cells = {}
+    for job in sweep(method):
+        cells.setdefault(job[3:5], []).append(results[key(*job)])
+    lr, beta = max(cells, key=lambda pair: fmean(map(worth, cells[pair])))
+
+    def best(names: list[str]) -> str:
+        return max(names, key=lambda name: fmean(cell[name][0] for cell in cells[lr, beta]))
+
+    plain = [f"{guidance:g}" for guidance in GUIDANCES]
+    with_reference = [name for name in cells[lr, beta][0] if name.endswith(" ref")]
+    return Choice(lr, beta, best(plain), best(with_reference) if with_reference else "")
+
+
+# ------------------------------------------- tables and pictures
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval by Student's t."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    t = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values), 10) - 2]
+    return fmean(values), t * stdev(values) / len(values) ** 0.5
+
+
+def shown(values: list[float], digits: int = 2) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def table(lines: list[list[str]]) -> None:
+    lines[1:1] = [["---"] * len(lines[0])]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines), end="\n\n")
+
+
+class Row(NamedTuple):
+    """A method's cells on the test captions, by seed, with what was chosen for it."""
+
+    method: Method
+    choice: Choice
+    cells: dict[int, dict]
+
+    def whole(self, name: str) -> list[float]:
+        return [cell[name][0] for cell in self.cells.values()]
+
+
+def row_of(method: Method, results: dict, model: str = "") -> Row:
+    chosen = choice(method, results)
+    keys = {s: key(model or TINY, method, "test", chosen.lr, chosen.beta, s) for s in range(10)}
+    return Row(method, chosen, {s: results[k] for s, k in keys.items() if k in results})
+
+
+def at(row: Row, name: str) -> str:
+    return f"{shown(row.whole(name))} at {name.removesuffix(' ref')}" if name else ""
+
+
+def tables(results: dict) -> None:
+    """Print what README.md and lab/README.md show: means over the seeds and 95 % intervals."""
+    rows = {m.name: row_of(m, results) for m in MAIN + REST if has_cells(m, results)}
+    short = [["whole matches, test captions", "passes", "guidance 1", "own best"]]
+    short[0].append("own best, reference's unconditional branch")
+    for name in HEADLINES:
+        row = rows[name]
+        line = [name, f"{row.method.passes:.2g}", shown(row.whole("1"))]
+        short.append([*line, at(row, row.choice.guidance), at(row, row.choice.with_reference)])
+    table(short)
+
+    differences = [["whole matches, paired by seed", "seeds", "guidance 1", "each at its own best"]]
+    differences[0].append("with the reference's branch")
+    for model in sorted({k.split(" | ")[0] for k in results if "| test |" in k}):
+        if all(has_cells(m, results, model) for m in (THEN, FALLING)):
+            then, sft = row_of(THEN, results, model), row_of(FALLING, results, model)
+            seeds = sorted(then.cells.keys() & sft.cells.keys())
+
+            def ahead(a: str, b: str, then=then, sft=sft, seeds=seeds) -> str:
+                return shown([then.cells[s][a][0] - sft.cells[s][b][0] for s in seeds], 3)
+
+            best = sft.choice.guidance
+            pairs = ("1", "1"), (then.choice.guidance, best), (then.choice.with_reference, best)
+            line = [f"{THEN.name} - {FALLING.name}, {model}", str(len(seeds))]
+            differences.append([*line, *(ahead(a, b) for a, b in pairs)])
+    table(differences)
+
+    names = [f"{g:g}" for g in GUIDANCES]
+    whole = [["whole matches", "seeds", "lr, β", *(f"guidance {name}" for name in names)]]
+    whole[0].append("best, reference's branch")
+    more = [["", "attributes at guidance 1, 3", "drift of winners, losers", "implicit accuracy"]]
+    more[0].append("spread of places, sizes at guidance 1")
+    for name, row in rows.items():
+        lr, beta, _, with_reference = row.choice
+        line = [name, str(len(row.cells)), f"{lr:g}, {beta:g}" if beta else f"{lr:g}"]
+        line += [shown(row.whole(guidance)) for guidance in names]
+        whole.append([*line, at(row, with_reference)])
+        cells = row.cells.values()
+        attributes = (shown([cell[guidance][1] for cell in cells]) for guidance in ("1", "3"))
+        drifts = (
+            shown([cell[who] for cell in cells], 3) for who in ("winner_drift", "loser_drift")
+        )
+        spreads = (shown([cell["spread"][i] for cell in cells], 3) for i in (0, 1))
+        accuracy = shown([cell["implicit_acc"] for cell in cells])
+        more.append([name, ", ".join(attributes), ", ".join(drifts), accuracy, ", ".join(spreads)])
+    rng = random.Random(0)
+    scenes = [world.draw(world.place(text, rng)) for text in world.captions("test") * 2]
+    own = ", ".join(f"{value:.3f}" for value in spread(scenes[:108], scenes[108:]))
+    table(whole)
+    table([*more, ["(the world's own scenes)", "", "", "", own]])
+
+    sweeps = [["validation, mean of the seeds: whole matches", "lr, β", *names]]
+    for method in MAIN + REST + TRIED:
+        for lr, beta in () if method.same_as else method.grid:
+            keys = [key(TINY, method, "validation", lr, beta, seed) for seed in VALIDATION_SEEDS]
+            if all(k in results for k in keys):
+                values = [fmean(results[k][name][0] for k in keys) for name in names]
+                sweeps.append([method.name, f"{lr:g}, {beta:g}", *(f"{v:.2f}" for v in values)])
+    table(sweeps)
+    base = results[key(TINY, BASE, "validation", 0.0, 0.0, 0)]["typical_difference"]
+    print(f"Base model: median |e_w - e_l| {base:.4f}, one unit of u at β = {2 / base:.0f}")
+
+
+def has_cells(method: Method, results: dict, model: str = "") -> bool:
+    try:
+        return bool(row_of(method, results, model).cells)
+    except KeyError:  # its lr and β are not chosen yet
+        return False
+
+
+def pictures(results: dict) -> None:
+    """lab/compare.png: matches against guidance; lab/before-after.png: samples of the recipe."""
+    import matplotlib.pyplot as plt
+
+    canvas, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines = [(row_of(m, results), "") for m in (BASE, FALLING, OURS, THEN)]
+    for row, suffix in [*lines, (row_of(THEN, results), " ref")]:
+        names = [f"{g:g}{suffix}" for g in GUIDANCES if not suffix or g > 1]
+        means, halves = zip(*(mean_and_interval(row.whole(name)) for name in names))
+        label = row.method.name + (", unconditional branch of the reference" if suffix else "")
+        style = {"fmt": "--" if suffix else "-", "marker": "o", "ms": 4, "capsize": 3}
+        axes.errorbar(GUIDANCES[-len(names) :], means, halves, label=label, **style)
+    axes.set_xlabel("guidance scale")
+    axes.set_ylabel("share of whole matches, test captions")
+    axes.legend(frameon=False, fontsize=9)
+    canvas.savefig(LAB / "compare.png", dpi=120)
+
+    names = {"base": BASE, "SFT": FALLING, "SFT, then SUDO": THEN}
+    strips = {}
+    for name, method in names.items():
+        png = row_of(method, results).cells[0]["samples"]
+        strip = Image.open(io.BytesIO(base64.b64decode(png)))
+        side = strip.height
+        strips[name] = [strip.crop((x * side, 0, (x + 1) * side, side)) for x in range(SHOWN)]
+    train_tiny.sheet(world.captions("test")[:SHOWN], **strips).save(LAB / "before-after.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=10, help="of the main rows; the rest: half")
+    parser.add_argument("--base", nargs="*", default=[], help="folders of further base models")
+    parser.add_argument("--tables", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if not args.tables:
+        run(sweep(BASE) + sweep(FALLING), results, "choosing lr of SFT")
+        sft_lr = choice(FALLING, results).lr
+        for methods, seeds in ((MAIN, args.seeds), (REST, args.seeds // 2)):
+            chosen = [m for m in methods if not m.same_as]
+            run([job for m in chosen for job in sweep(m, sft_lr)], results, "choosing")
+            best = [(m, *choice(m, results)[:2]) for m in methods]
+            jobs = [(TINY, m, "test", *b, s, sft_lr) for s in range(seeds) for m, *b in best]
+            run(jobs, results, "comparing")
+            print(flush=True)
+        for model in args.base:
+            best = [(m, *choice(m, results)[:2]) for m in (BASE, FALLING, THEN)]
+            seeds = range(args.seeds // 2)
+            jobs = [(model, m, "test", *b, s, sft_lr) for s in seeds for m, *b in best]
+            run(jobs, results, f"comparing on {model}")
+        run([job for m in TRIED for job in sweep(m, sft_lr)], results, "trying")
+    tables(results)
+    pictures(results)
+
+
+if __name__ == "__main__":
+    main()
