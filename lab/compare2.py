@@ -21,6 +21,7 @@ import json
 import os
 import random
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -249,8 +250,8 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
     rows = train_tiny.read_rows(config.data, config.image_column, config.caption_column)
     data = train_tiny.encode(pipe, rows[: method.pictures], config)
     if method.sft_first:
-        first = replace(config, loss="sft", lr=sft_lr, lr_schedule="linear", steps=method.sft_first)
-        after_sft(pipe, data, first, f"{Path(model).name}-{method.pictures}-{sft_lr}-{seed}.pt")
+        first = replace(config, loss="sft", beta=0.0, steps=method.sft_first)
+        after_sft(pipe, data, replace(first, lr=sft_lr, lr_schedule="linear"))
     pipe.unet.to(memory_format=torch.channels_last)
     reference = sudo.frozen_copy(pipe.unet)
     train(pipe, data, config, method)
@@ -281,13 +282,15 @@ def mean_scores(judged: list[tuple]) -> list[float]:
     return [fmean(scores) for scores in list(zip(*judged))[:2]]
 
 
-def after_sft(pipe, data, config: train_tiny.Config, name: str) -> None:
+def after_sft(pipe, data: train_tiny.Data, config: train_tiny.Config) -> None:
     """Train pipe.unet by SFT, or take what another cell's same training left in lab/sft."""
-    file = LAB / "sft" / name
+    base = Path(config.model, "unet", "diffusion_pytorch_model.safetensors").read_bytes()
+    run = repr((config, len(data.picture), zlib.crc32(base)))
+    file = LAB / "sft" / f"{zlib.crc32(run.encode()):08x}.pt"
     if not file.exists():
         train(pipe, data, config, Method("", "sft"))
         file.parent.mkdir(exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}")
+        beside = file.with_suffix(f".{os.getpid()}")  # another process may write the same
         torch.save(pipe.unet.state_dict(), beside)
         beside.rename(file)
     pipe.unet.load_state_dict(torch.load(file, weights_only=True))

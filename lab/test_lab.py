@@ -1,4 +1,4 @@
-"""What lab/world.py claims, and the committed VAE and sample data: the judge is exact."""
+"""The judge of the small world is exact, and the pages show the tables of results.json."""
 
 import json
 import random
@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+import compare
 import world
 
 LAB = Path(__file__).parent
@@ -71,3 +72,13 @@ def test_sample_data_shows_its_captions_and_nothing_held_out():
     assert {row["text"] for row in rows} <= set(world.captions("train"))
     for row in rows[::8]:
         assert world.score(Image.open(LAB.parent / row["file_name"]), row["text"])[0], row
+
+
+def test_the_tables_on_the_pages_are_those_of_the_results(capsys):
+    results = json.loads(compare.RESULTS.read_text(encoding="utf-8"))
+    compare.tables(results, range(5))
+    printed = capsys.readouterr().out
+    short, *others = [part for part in printed.split("\n\n") if part.startswith("|")]
+    assert short in (LAB.parent / "README.md").read_text(encoding="utf-8")
+    for table in others:
+        assert table in (LAB / "README.md").read_text(encoding="utf-8")
