@@ -27,7 +27,6 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     FluxTransformer2DModel,
     IPNDMScheduler,
     KarrasVeScheduler,
@@ -927,25 +926,27 @@ def test_the_snippets_of_a_page_do_what_it_says(page):
     trained = {n.split(".")[-3] for n, p in policy.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B"}
 
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, shift_factor=0.6)
-    given = {"vae": vae, "pixel_values": torch.randn(B, 3, 8, 8), "prompt_embeds": b.conditions}
-    given |= {"pooled_prompt_embeds": torch.randn(B, 10), "beta": 9.0, "FluxPipeline": FluxPipeline}
+    given = {"prompt_embeds": b.conditions, "pooled_prompt_embeds": torch.randn(B, 10), "beta": 9.0}
     scheduler = shared["noise_scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
     for code, name, unit in zip(transformers, ("SD3", "Flux"), (1, 1000)):
-        transformer, seen = tiny_transformer(name)[0], {}
-        reference = sudo.frozen_copy(transformer)
+        transformer, latents, condition, ids = tiny_transformer(name)
+        reference, seen = sudo.frozen_copy(transformer), {}
         transformer.register_forward_hook(
             lambda _, args, kwargs, out, seen=seen: seen.update(kwargs, out=out.sample),
             with_kwargs=True,
         )
-        names |= shared | given | {"transformer": transformer, "reference": reference}
+        both = {"transformer": transformer, "reference": reference}
+        names = shared | given | both | ids | condition | {"latents": latents}
+        names["packed_latents"] = latents
         torch.manual_seed(3)
         exec(code, names)
-        t, x = names["timesteps"], names["latents"]
-        assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
-        assert_close(seen["timestep"] * unit, torch.cat([t, t]))
+        t = seen["timestep"] * unit
+        assert torch.equal(t[:B], t[B:]) and 1 < t.min() and t.max() <= 1000
+        if name == "SD3":
+            assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
         # The error of the winners by ε - x = (x_t - x) / σ, from what the transformer saw.
-        sigma = (t / 1000).view(B, *[1] * (x.ndim - 1))
-        error = seen["out"][:B] - (seen["hidden_states"][:B] - x) / sigma
-        assert_close(names["metrics"]["mse"], error.square().mean().detach(), rtol=1e-3, atol=0)
+        sigma = (t[:B] / 1000).view(B, *[1] * (latents.ndim - 1))
+        error = seen["out"][:B] - (seen["hidden_states"][:B] - latents) / sigma
+        mse = error.square().mean().detach()
+        assert_close(names["metrics"]["winner_error"], mse, rtol=1e-3, atol=0)
         assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
