@@ -17,9 +17,10 @@ import platform
 import resource
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -100,94 +101,97 @@ def clip(kind: type, width: int, layers: int):
 class Bench:
     """A model and random data; the methods named in ROWS take a step each.
 
-    All share one trainer, so one policy, one reference and one optimizer; `official` has its own.
+    All share one policy, one reference and one optimizer; `official` has its own.
     """
 
     def __init__(self, model: str, batch_size: int, passes: int):
-        self.args = args = train_tiny.parse(["--data", "random", "--model", model])
-        vars(args).update(train_tiny.RECIPES[model]._asdict() | {"grad_accum": passes})
+        config = train_tiny.parse(["--data", "random", "--model", model])
+        self.config = replace(config, grad_accum=passes, steps=10**6)
         torch.manual_seed(0)
         self.pipe = parts(model)
         self.words = self.pipe.tokenizer.model_max_length if model == "tiny" else 77
-        self.trainer = train_tiny.Trainer(self.pipe, None, args)
+        self.unet, self.scheduler, self.optimizer = train_tiny.prepare(self.pipe, self.config)
+        self.reference = sudo.frozen_copy(self.unet)
         self.feed(batch_size, self.pipe.unet.config.sample_size)
 
     def feed(self, batch_size: int, side: int) -> None:
-        """Random data, latents of side x side, and a batch of it."""
+        """Random data, latents of side x side, a batch of it, and the trainer's loops on it."""
         N, width = 8 * batch_size, self.pipe.unet.config.cross_attention_dim
-        sdxl = train_tiny.is_sdxl(self.pipe)
-        self.args.batch_size = batch_size
-        self.trainer.data = train_tiny.Data(
+        self.config = replace(self.config, batch_size=batch_size)
+        conditions = {"encoder_hidden_states": torch.randn(N + 1, self.words, width).half()}
+        if self.config.family == "sdxl":
+            time_ids = torch.tensor([[8 * side] * 2 + [0, 0] + [8 * side] * 2] * (N + 1))
+            added = {"text_embeds": torch.randn(N + 1, 1280).half(), "time_ids": time_ids}
+            conditions["added_cond_kwargs"] = added
+        self.data = train_tiny.Data(
             files=[Path("random")] * N,
             latents=torch.randn(N, 4, side, side).half(),
-            downgraded=None,
             picture=torch.arange(N),
             caption=torch.arange(N),
-            conditions=torch.randn(N + 1, self.words, width).half(),
-            pooled=torch.randn(N + 1, 1280).half() if sdxl else None,
-            time_ids=torch.tensor([[8 * side] * 2 + [0, 0] + [8 * side] * 2] * (N + 1))
-            if sdxl
-            else None,
+            conditions=conditions,
+            num_timesteps=1000,
         )
-        scheduler = self.trainer.scheduler
-        batch = next(train_tiny.micro_batches(self.trainer.data, 0, self.args, scheduler))
+        batches = partial(train_tiny.micro_batches, self.data, self.config)
+        self.batch = next(batches(0))
         # What the UNet is given for winners and losers, 2B rows.
-        names = {"encoder_hidden_states", "added_cond_kwargs", "timesteps"} & batch.keys()
-        given = {name: sudo._repeat(name, batch[name], batch_size) for name in names}
+        names = {"encoder_hidden_states", "added_cond_kwargs", "timesteps"} & self.batch.keys()
+        given = {name: sudo._repeat(name, self.batch[name], batch_size) for name in names}
         self.given = given | {"timestep": given.pop("timesteps")}
-        self.latents = torch.cat([batch["latents"], batch["losers"]])
-        self.batch = batch
+        self.latents = torch.cat([self.batch["latents"], self.batch["losers"]])
 
-    def floor(self, i: int) -> None:
-        with train_tiny.half_precision(self.args):
+        def steps(loss_fn: Callable, more: dict) -> Iterator[dict]:
+            with_more = lambda step: (batch | more for batch in batches(step))  # noqa: E731
+            return train_tiny.train(self.unet, self.optimizer, loss_fn, with_more, self.config)
+
+        errors = torch.rand(2 * batch_size, device=train_tiny.DEVICE)
+        self.loss = partial(sudo.sudo_loss, scheduler=self.scheduler, beta=self.config.beta)
+        self.sudo_steps = steps(self.loss, {"reference": self.reference})
+        self.precomputed_steps = steps(self.loss, {"reference": errors})
+        self.sft_steps = steps(partial(train_tiny.sft_loss, scheduler=self.scheduler), {})
+
+    def floor(self) -> None:
+        with train_tiny.half_precision():
             with torch.no_grad():
-                self.trainer.reference(self.latents, **self.given)
-            loss = self.trainer.unet(self.latents, **self.given).sample.float().square().mean()
+                self.reference(self.latents, **self.given)
+            loss = self.unet(self.latents, **self.given).sample.float().square().mean()
         loss.backward()
-        self.trainer.unet.zero_grad()
+        self.unet.zero_grad()
 
-    def loss_alone(self, i: int) -> None:
-        policy, reference = self.trainer.unet, self.trainer.reference
-        with train_tiny.half_precision(self.args):
-            loss, _ = sudo.sudo_loss(policy, reference, self.trainer.scheduler, **self.batch)
+    def loss_alone(self) -> None:
+        with train_tiny.half_precision():
+            loss, _ = self.loss(self.unet, reference=self.reference, **self.batch)
         loss.backward()
-        policy.zero_grad()
+        self.unet.zero_grad()
 
-    def whole_step(self, i: int) -> None:
-        self.trainer.step(i)
+    def whole_step(self) -> None:
+        next(self.sudo_steps)
 
-    def precomputed(self, i: int) -> None:
-        errors = torch.rand(2 * self.args.batch_size, device=self.args.device)
-        reference, self.trainer.reference = self.trainer.reference, None
-        self.trainer.table = defaultdict(lambda: errors)
-        self.trainer.step(i)
-        self.trainer.reference = reference
+    def precomputed(self) -> None:
+        next(self.precomputed_steps)
 
-    def sft(self, i: int) -> None:
-        self.args.loss = "sft"
-        self.trainer.step(i)
-        self.args.loss = "sudo"
+    def sft(self) -> None:
+        next(self.sft_steps)
 
     def set_up_official(self) -> None:
-        policy = copy.deepcopy(self.trainer.unet).to(memory_format=torch.contiguous_format)
+        policy = copy.deepcopy(self.unet).to(memory_format=torch.contiguous_format)
         policy.disable_gradient_checkpointing()  # as its launcher for SD1.5 has it
-        frozen = sudo.frozen_copy(policy), *train_tiny.encoders(self.pipe)
+        frozen = sudo.frozen_copy(policy), self.pipe.vae, self.pipe.text_encoder
         half = torch.float16 if CUDA else torch.float32  # which a CPU has no fast one of
-        self.frozen = [module.to(self.args.device, half) for module in frozen]
-        optimizer = torch.optim.AdamW(policy.parameters(), self.args.lr, weight_decay=1e-2)
+        self.frozen = [module.to(train_tiny.DEVICE, half) for module in frozen]
+        optimizer = torch.optim.AdamW(policy.parameters(), self.config.lr, weight_decay=1e-2)
         self.own = policy, optimizer
 
-    def official(self, i: int) -> None:
+    def official(self) -> None:
         """What the official code does in a step, for SD1.5 and in our words.
 
         Both halves of the pixels go through the VAE (S:1027, 1040), captions through the text
         encoder, the reference is in half precision (S:939, 1149), metrics are read at once.
         """
         (policy, optimizer), (reference, vae, text_encoder) = self.own, self.frozen
-        B, device = self.args.batch_size, self.args.device
+        B, device = self.config.batch_size, train_tiny.DEVICE
         side = self.latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-        alphas_cumprod = self.trainer.scheduler.alphas_cumprod
-        for _ in range(self.args.grad_accum):
+        alphas_cumprod = self.scheduler.alphas_cumprod
+        for _ in range(self.config.grad_accum):
             winners = torch.rand(B, 3, side, side)
             tokens = torch.randint(text_encoder.config.vocab_size, (B, self.words))
             pixels = torch.cat([winners, winners[torch.randperm(B)]]).to(device, vae.dtype)
@@ -198,7 +202,7 @@ class Bench:
             t = torch.randint(1000, (B,), device=device).repeat(2)
             alpha = alphas_cumprod[t].view(-1, 1, 1, 1).to(x_0.dtype)
             noisy = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
-            with train_tiny.half_precision(self.args):
+            with train_tiny.half_precision():
                 prediction = policy(noisy, t, words).sample
             with torch.no_grad():
                 ref_prediction = reference(noisy, t, words).sample
@@ -207,8 +211,8 @@ class Bench:
                 for output in (prediction, ref_prediction)
             )
             winner, loser = (error - ref_error).chunk(2)
-            u = -self.args.beta / 2 * (winner - loser)
-            loss = -F.logsigmoid(u).mean() / self.args.grad_accum
+            u = -self.config.beta / 2 * (winner - loser)
+            loss = -F.logsigmoid(u).mean() / self.config.grad_accum
             loss.backward()
             loss.item(), (u > 0).float().mean().item()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), train_tiny.MAX_GRAD_NORM)
@@ -252,14 +256,14 @@ def peak_memory(row: Callable, model: str, batch_size: int, side: int | None = N
     if side:
         bench.feed(batch_size, side)
     if row in (Bench.precomputed, Bench.sft, Bench.official):
-        bench.trainer.reference = None  # the first two need none, the last has its own
+        del bench.reference, bench.sudo_steps  # the first two need none, the last has its own
     if row is Bench.official:
         bench.set_up_official()
-        bench.trainer.unet.to("cpu")
+        bench.unet.to("cpu")
     if CUDA:
         torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-    for i in range(2):
-        row(bench, i)
+    for _ in range(2):
+        row(bench)
     if CUDA:
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # counted in KiB
@@ -283,13 +287,13 @@ def steps(model: str, batch_size: int, passes: int) -> None:
     pairs[Bench.floor] = pairs[Bench.loss_alone] = batch_size
     times, flops = {row: [] for row in rows}, {}
     for row in rows:
-        row(bench, 0)  # warm
+        row(bench)  # warm
         with FlopCounterMode(display=False) as counter:
-            row(bench, 0)
+            row(bench)
         flops[row] = counter.get_total_flops() / pairs[row]
-    for i in tqdm(range(ROUNDS), "steps in turn"):
+    for _ in tqdm(range(ROUNDS), "steps in turn"):
         for row in rows:
-            times[row].append(seconds(row, bench, i) / pairs[row])
+            times[row].append(seconds(row, bench) / pairs[row])
 
     rate, floor = matrix_rate(), times[Bench.floor]
     head = ["", "ms a pair", "× floor", "GFLOP a pair", "of the matrix rate", "peak GB"]
@@ -318,10 +322,10 @@ def growth(model: str, batch_size: int) -> None:
     memories = [alone(peak_memory, Bench.whole_step, model, *size) for size in sizes]
     bench = Bench(model, batch_size, 1)
     times = {size: [] for size in sizes}
-    for i in range(ROUNDS // 4 + 1):
+    for _ in range(ROUNDS // 4 + 1):
         for size in sizes:
             bench.feed(*size)
-            times[size].append(seconds(bench.whole_step, i) / size[0])
+            times[size].append(seconds(bench.whole_step) / size[0])
     lines = [["`train_tiny.py`, a whole step", "ms a pair", "× the first", "peak GB"]]
     for (size, (_, *took)), gigabytes in zip(times.items(), memories):  # the first round warms
         ratio = median(mine / first for mine, first in zip(took, times[sizes[0]][1:]))
@@ -332,14 +336,15 @@ def growth(model: str, batch_size: int) -> None:
 
 def encode(pictures: int) -> tuple[float, float, float]:
     """Seconds a picture to encode the sample data, over and over; MB held; GB at the peak."""
-    args = train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny"])
-    pipe = train_tiny.load_pipeline(args)
-    rows = train_tiny.read_rows(args.data, args.image_column, args.caption_column)
+    config = train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny"])
+    pipe = DiffusionPipeline.from_pretrained(config.model)
+    rows = train_tiny.read_rows(config.data, config.image_column, config.caption_column)
     rows = (rows * (pictures // len(rows) + 1))[:pictures]
     began = time.perf_counter()
-    data = train_tiny.encode(pipe, rows, args)
+    data = train_tiny.encode(pipe, rows, config)
     took = time.perf_counter() - began
-    held = sum(t.nbytes for t in (data.latents, data.conditions)) / 1e6
+    words = data.conditions["encoder_hidden_states"]
+    held = (data.latents.nbytes + words.nbytes) / 1e6
     return took / pictures, held, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -358,14 +363,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="pairs a pass; default: the recipe's")
     args = parser.parse_args()
     tiny = args.model == "tiny"
-    batch_size = args.batch_size or train_tiny.RECIPES[args.model].batch_size
+    batch_size = args.batch_size or train_tiny.RECIPES[args.model]["batch_size"]
     machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU cores"
     print(
         f"{args.model} on {machine}, {time.strftime('%Y-%m-%d')}, Python "
         f"{platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     )
     if not tiny and not CUDA:
-        took = seconds(Bench(args.model, 1, 1).trainer.step, 0)
+        took = seconds(Bench(args.model, 1, 1).whole_step)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"One step of one pair in fp32: {took:.0f} s and {peak:.1f} GB.")
         return
