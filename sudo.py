@@ -1,4 +1,4 @@
-"""SUDO (Self-DPO at NeurIPS): preference optimisation of diffusion models without annotation.
+"""SUDO (Self-DPO at NeurIPS): preference optimisation of diffusion models without labels.
 
 Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for
 Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534, which names the method SUDO).
@@ -36,23 +36,11 @@ In any trainer of a diffusers UNet (README.md shows the same for a transformer):
     loss, metrics = sudo_loss(unet, reference, noise_scheduler, latents, encoder_hidden_states)
     loss.backward()
 
-Where this differs from the official code, and why:
-
-1. No image is its own loser. A random permutation (S:1018-1027) leaves one image of each batch in
-   its place on average. Such a pair nearly ties, as its halves are two samples of the VAE's
-   posterior for one image, and it teaches nothing about the caption. Here the batch is deranged,
-   or `losers=` come from the whole data set, as in the paper; a batch of one then works too.
-2. `pair_weight` = 0 silences the preference, not the MSE term, where the caption was dropped to "":
-   neither image is the better one there. The official code applies the preference there.
-3. Losers are reordered latents. The official code encodes them a second time (S:1027, 1040).
-4. Errors are fp32, and policy and reference run the same arithmetic, so that u is exactly 0 at the
-   start (see `frozen_copy`). The official reference is in half precision (S:939, 1149), whose
-   rounding alone moves u by up to 0.3 (fp16) or 2.4 (bf16).
-5. A tie, u = 0, counts one half in the implicit accuracy, not as an error.
-6. v-prediction and flow matching work, and anything else is refused before the model runs. The
-   official code knows ε alone, and stops in mid-loop (S:1117).
-7. The MSE term of Eq. 9 is there. The official commit minimises L_dpo alone (S:1157), as Table 4
-   does; dpo_weight=1.0, mse_weight=0.0 is the same.
+Three choices differ from the official code on purpose; lab/README.md compares both line by line.
+No image is its own loser (S:1018-1027 leaves one per micro-batch in its place). `pair_weight` can
+switch the preference term off where the caption was dropped to "", since an empty caption favours
+neither image (S:354). Errors are fp32 for policy and reference alike, so that u is exactly 0 at the
+start (the official reference is in half precision, S:939, 1149).
 """
 
 import copy
@@ -241,12 +229,13 @@ def sudo_objective(
     Returns L, a scalar, and detached fp32 scalars. Those with a * are means over the pairs whose
     weight is not 0, and 0 if there are none. Each such pair counts once in them, whatever its
     weight. The loss divides by all B instead, so after dropped captions it is not
-    λ1 · dpo + λ2 · mse of the metrics:
+    λ1 · dpo + λ2 · winner_error of the metrics:
         loss             L
         dpo *            -log σ(u): ln 2 = 0.6931 at the start
-        mse              mean e_w, the term of λ2
-        winner_error     mean e_w;  winner_drift, mean e_w - r_w: below 0 where winners are learnt
-        loser_error      mean e_l;  loser_drift, mean e_l - r_l
+        winner_error     mean e_w, the MSE term
+        loser_error      mean e_l
+        winner_drift     mean e_w - r_w: below 0 where winners are learnt
+        loser_drift      mean e_l - r_l
         margin *         u
         implicit_acc *   share of u > 0, a tie counting one half
         saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four digits
@@ -271,7 +260,6 @@ def sudo_objective(
     metrics = {
         "loss": loss,
         "dpo": over_pairs(dpo),
-        "mse": e_w.mean(),
         "winner_error": e_w.mean(),
         "loser_error": e_l.mean(),
         "winner_drift": (e_w - r_w).mean(),

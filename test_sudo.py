@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
@@ -40,6 +41,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -175,7 +177,6 @@ def test_loss_gradients_and_metrics_are_those_of_the_equations(prediction_type, 
     expected_metrics = {
         "loss": float(expected),
         "dpo": sum(math.log(1 + math.exp(-ui)) for ui in counted) / len(counted),
-        "mse": mean["w"],
         "winner_error": mean["w"],
         "loser_error": mean["l"],
         "winner_drift": mean["w"] - mean["rw"],
@@ -492,7 +493,7 @@ def test_the_main_job_raises_the_margin_and_leaves_a_pipeline(rows, tmp_path, ca
     assert [row["step"] for row in log] == list(range(24))
     assert log[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["margin"] == 0
     assert log[0]["lr"] == pytest.approx(3e-4 / 6) and log[-1]["lr"] == pytest.approx(3e-4)
-    expected = "step lr grad_norm seconds loss dpo mse winner_error loser_error winner_drift "
+    expected = "step lr grad_norm seconds loss dpo winner_error loser_error winner_drift "
     expected += "loser_drift margin implicit_acc saturated"
     assert all(row.keys() == set(expected.split()) for row in log)
     for name, least in (("margin", 0.5), ("implicit_acc", 0.7)):
@@ -878,31 +879,41 @@ def snippets(page):
     return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "notebook.ipynb"])
-def test_the_snippets_of_a_page_do_what_it_says(page):
-    b, base, scheduler = batch(), tiny_unet(), DDPMScheduler()
-    shared = {
-        "noise_scheduler": scheduler,
+def test_the_snippets_of_the_pages_are_those_tested_here():
+    assert len(snippets("README.md")) == 6
+    assert set(snippets("notebook.ipynb")) <= set(snippets("README.md"))
+
+
+@pytest.fixture
+def names():
+    """What a reader's trainer has by the time that it comes to a snippet of the README."""
+    b = batch()
+    return {
+        "noise_scheduler": DDPMScheduler(),
         "latents": b.winners,
         "encoder_hidden_states": b.conditions,
         "accelerator": Accelerator(cpu=True),
         "torch": torch,
         **{name: getattr(sudo, name) for name in ("sudo_loss", "frozen_copy")},
     }
-    plain, sdxl, lora, *transformers = snippets(page)
-    assert len(transformers) == (2 if page == "README.md" else 0)
 
-    names = shared | {"unet": tiny_unet().eval()}
-    exec(plain, names)
+
+def test_the_snippet_for_the_script_of_diffusers(names):
+    names["unet"] = tiny_unet().eval()
+    exec(snippets("README.md")[0], names)
     assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
 
+
+def test_the_snippet_for_sdxl(names):
+    b, scheduler = batch(), names["noise_scheduler"]
     added = {"text_embeds": torch.randn(B, 10), "time_ids": torch.randint(64, (B, 6)).float()}
     has_caption = torch.tensor([True, False, True, True])
     reference = tiny_unet(**SDXL)
     policy = moved(reference)
-    names = shared | {"unet": policy, "reference": reference, "has_caption": has_caption}
+    names |= {"unet": policy, "reference": reference, "has_caption": has_caption}
+    names |= {"pooled": added["text_embeds"], "time_ids": added["time_ids"]}
     torch.manual_seed(3)
-    exec(sdxl, names | {"pooled": added["text_embeds"], "time_ids": added["time_ids"]}, names)
+    exec(snippets("README.md")[1], names)
     torch.manual_seed(3)
     losers = sudo.random_image(b.winners)
     pairs = sudo.make_pairs(scheduler, b.winners, losers)
@@ -913,31 +924,41 @@ def test_the_snippets_of_a_page_do_what_it_says(page):
     margins = sudo.implicit_margin(*errors, 5000.0)
     assert_close(names["metrics"]["margin"], margins[has_caption].mean().detach())
 
+
+def test_the_snippet_for_lora_also_on_several_processes(names, tmp_path):
+    b, base = batch(), tiny_unet()
     policy = copy.deepcopy(base).requires_grad_(False)
     policy.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    names = shared | {"unet": policy.eval()}
     torch.manual_seed(3)
-    exec(lora, names)
-    torch.manual_seed(3)
-    loss, _ = sudo.sudo_loss(policy, base, scheduler, b.winners, b.conditions)
-    assert_close(names["loss"], loss)
-    assert names["metrics"]["margin"] != 0
-    names["loss"].backward()
+    expected, _ = sudo.sudo_loss(
+        policy.eval(), base, names["noise_scheduler"], b.winners, b.conditions
+    )
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        names["unet"] = DistributedDataParallel(policy)
+        torch.manual_seed(3)
+        exec(snippets("README.md")[2], names)
+        assert_close(names["loss"], expected)
+        assert names["metrics"]["margin"] != 0
+        names["loss"].backward()
+    finally:
+        dist.destroy_process_group()
     trained = {n.split(".")[-3] for n, p in policy.named_parameters() if p.grad is not None}
     assert trained == {"lora_A", "lora_B"}
 
-    given = {"prompt_embeds": b.conditions, "pooled_prompt_embeds": torch.randn(B, 10), "beta": 9.0}
-    scheduler = shared["noise_scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    for code, name, unit in zip(transformers, ("SD3", "Flux"), (1, 1000)):
+
+def test_the_snippets_for_transformers(names):
+    scheduler = names["noise_scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    names |= {"prompt_embeds": batch().conditions, "pooled_prompt_embeds": torch.randn(B, 10)}
+    for code, name, unit in zip(snippets("README.md")[3:5], ("SD3", "Flux"), (1, 1000)):
         transformer, latents, condition, ids = tiny_transformer(name)
         reference, seen = sudo.frozen_copy(transformer), {}
         transformer.register_forward_hook(
             lambda _, args, kwargs, out, seen=seen: seen.update(kwargs, out=out.sample),
             with_kwargs=True,
         )
-        both = {"transformer": transformer, "reference": reference}
-        names = shared | given | both | ids | condition | {"latents": latents}
-        names["packed_latents"] = latents
+        names |= {"transformer": transformer, "reference": reference, "beta": 9.0}
+        names |= ids | condition | {"latents": latents, "packed_latents": latents}
         torch.manual_seed(3)
         exec(code, names)
         t = seen["timestep"] * unit
@@ -950,3 +971,34 @@ def test_the_snippets_of_a_page_do_what_it_says(page):
         mse = error.square().mean().detach()
         assert_close(names["metrics"]["winner_error"], mse, rtol=1e-3, atol=0)
         assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
+
+
+def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_reference():
+    def pipeline():
+        pipe = DiffusionPipeline.from_pretrained(HERE / "lab" / "tiny-sd")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    pipe, code = pipeline(), snippets("README.md")[5]
+    reference = pipe.unet
+    policy = moved(reference)
+    pipe.unet = copy.deepcopy(policy)
+    draw = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 2.0}
+    names = {"pipe": pipe, "reference": reference, "torch": torch}
+    exec(code, names)
+
+    def latents(pipe):
+        return pipe("a red circle", generator=torch.Generator().manual_seed(0), **draw).images
+
+    mixed = latents(pipe)
+    # One step of DDIM is linear in the prediction. Guidance 1 gives c and guidance 2 gives 2 c - u.
+    ordinary = pipeline()
+    parts = {}
+    for name, unet in (("policy", policy), ("reference", reference)):
+        ordinary.unet = unet
+        for scale in (1.0, 2.0):
+            draw["guidance_scale"] = scale
+            parts[name, scale] = latents(ordinary)
+    unconditional = 2 * parts["reference", 1.0] - parts["reference", 2.0]
+    assert_close(mixed, 2 * parts["policy", 1.0] - unconditional, rtol=1e-3, atol=1e-3)
+    assert (mixed - parts["policy", 2.0]).abs().max() > 0.01

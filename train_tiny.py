@@ -406,7 +406,7 @@ def sft_loss(unet, scheduler, latents, noise, timesteps, losers, pair_weight, **
     noisy = sudo.add_noise(latents, noise, timesteps, scheduler)
     target = sudo.training_target(latents, noise, timesteps, scheduler)
     loss = (unet(noisy, timesteps, **conditions).sample.float() - target).square().mean()
-    return loss, dict.fromkeys(("loss", "mse", "winner_error"), loss.detach())
+    return loss, dict.fromkeys(("loss", "winner_error"), loss.detach())
 
 
 @torch.no_grad()

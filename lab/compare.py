@@ -1,16 +1,17 @@
 """Does SUDO do here what its paper says? The paper's tables in miniature, on the small world.
 
-    python lab/compare.py --seeds 5  # the cells that lab/results.json lacks, then the tables
+    python lab/compare.py           # the cells that lab/results.json lacks, then the tables
+    python lab/compare.py --tables  # the tables alone, from lab/results.json
 
-Every method fine-tunes lab/tiny-sd on captions.jsonl, and the world's exact judge counts what its
-samples show. First each method's lr and β are chosen on the validation captions; then it is trained
-from several seeds and judged on the test captions. Of a seed all methods on the same pictures see
-the same rows, noise, timesteps and dropped captions in the same order, and all are judged from the
-same initial noise.
+Every method fine-tunes lab/tiny-sd on captions.jsonl by the trainer's own loop, and the world's
+exact judge counts what its samples show. The lr and β of each method are chosen from a grid of the
+same size on the validation captions, with two seeds; then the method is trained from several seeds
+and judged on two drawings of every test caption. For one seed all methods on the same pictures see
+the same rows, noise, timesteps and dropped captions in the same order, and are judged from the same
+initial noise, so that their differences can be paired.
 
 Each cell, one training and its judging, is written to lab/results.json as it ends, so the command
-can be stopped and started; who changes a method removes its cells. The tables and lab/compare.png
-are made from that file alone.
+can be stopped and started. Whoever changes a method removes its cells.
 """
 
 import argparse
@@ -20,9 +21,12 @@ import json
 import os
 import random
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,197 +47,151 @@ import world  # noqa: E402
 
 RESULTS = LAB / "results.json"
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0)
-SEEN_ROWS = 32  # the rows that every method trains on; their captions are judged apart
-SHOWN = 8  # test captions whose samples the figure shows
+TINY = train_tiny.TINY
+VALIDATION_SEEDS = (100, 101)
+SHOWN = 8  # test captions whose samples the pictures show
 
 
 # ------------------------------------------- the methods
 
 
 class Step(NamedTuple):
-    """What a method may use to change a step."""
+    """What a method may use to change the batch of a step."""
 
     data: train_tiny.Data
-    texts: list[str]  # of all rows of data
-    rows: Tensor  # [B], the winners of this step
+    rows: Tensor  # [B], the winners
     rng: torch.Generator
 
 
-def losers_are(step: Step, rows: Tensor) -> dict:
-    return {"losers": train_tiny.pick(rows, step.data.latents)}
-
-
 def ours(step: Step) -> dict:
-    """As train_tiny has it: never the winner's picture or caption, no weight where dropped."""
+    """The trainer's pairs: another picture and caption, and no preference under ""."""
     return {}
 
 
-def paper(step: Step) -> dict:
-    """The loser is any image of the data set; the preference holds under "" too."""
-    losers = torch.randint(len(step.texts), step.rows.shape, generator=step.rng)
-    return losers_are(step, losers) | {"pair_weight": torch.ones(len(losers))}
+def any_image(step: Step) -> dict:
+    """The loser is any image of the data set, and the preference holds under "" too."""
+    rows = torch.randint(len(step.data.picture), step.rows.shape, generator=step.rng)
+    return {"losers": train_tiny.pick(rows, step.data.latents), "pair_weight": ones(step)}
 
 
 def official(step: Step) -> dict:
     """Micro-batches of 8 are permuted, as in the paper's run: one pair in 8 is of one image."""
-    losers = [part[torch.randperm(len(part), generator=step.rng)] for part in step.rows.split(8)]
-    return losers_are(step, torch.cat(losers)) | {"pair_weight": torch.ones(len(step.rows))}
+    parts = [part[torch.randperm(len(part), generator=step.rng)] for part in step.rows.split(8)]
+    losers = train_tiny.pick(torch.cat(parts), step.data.latents)
+    return {"losers": losers, "pair_weight": ones(step)}
 
 
-def without_mse(step: Step) -> dict:
-    return {"dpo_weight": 1.0, "mse_weight": 0.0}
+def ones(step: Step) -> Tensor:
+    return torch.ones(len(step.rows), device=train_tiny.DEVICE)
 
 
-def more_mse(step: Step) -> dict:
-    return {"mse_weight": 10.0}
-
-
-def nearest(step: Step) -> dict:
-    """The loser's caption is among the nearest: most words are the same in the same places."""
-    words = [text.split() for text in step.texts]
-
-    def distance(a: int, b: int) -> float:  # ties are broken at random
-        different = sum(x != y for x, y in zip(words[a], words[b]))
-        return (different or len(words[a])) + float(torch.rand((), generator=step.rng))
-
-    everything = range(len(words))
-    losers = [min(everything, key=lambda b, a=a: distance(a, b)) for a in step.rows.tolist()]
-    return losers_are(step, torch.tensor(losers))
-
-
-class Method(NamedTuple):
+@dataclass(frozen=True)
+class Method:
     name: str
-    grid: list[tuple[float, float]]  # (lr, β) to choose from
-    changes: Callable[[Step], dict] = ours  # to the arguments of sudo_loss
     loss: str = "sudo"
     steps: int = 300
-    batch_size: int = 32
+    sft_first: int = 0  # steps of SFT that come before, with falling lr
+    changes: Callable[[Step], dict] = ours  # to the arguments of sudo_loss
+    weights: dict = field(default_factory=dict)  # of the two terms
+    every: int = 1  # the preference in each so many steps, the MSE term alone in the others
+    settings: dict = field(default_factory=dict)  # of the trainer
     pictures: int = 384  # the first of captions.jsonl
-    downgrade: str = "random_image"
-    loser_gradient: float = 1.0  # its scale; 0: the loser only sets the weight of the winner's
-    every: int = 1  # the preference in each so many steps, the MSE alone in the others
-    cycle: int | None = None  # after so many steps their draws and reference errors come again
+    same_as: str = ""  # the method whose lr and β this one takes over
 
     @property
-    def cost(self) -> float:
-        """UNet passes for each winner of 300 steps of 32; a backward pass counts as two."""
-        reference = 2 * min(1.0, (self.cycle or self.steps) / max(1, self.steps))
-        passes = 3 if self.loss == "sft" else 3 + (3 + reference) / self.every
-        return passes * self.steps / 300 * self.batch_size / 32
+    def passes(self) -> float:
+        """UNet passes for each winner of 300 steps; a backward pass counts as two."""
+        own = 3 if self.loss == "sft" else 3 + 5 / self.every
+        return (own * self.steps + 3 * self.sft_first) / 300
+
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """(lr, β) to choose from: four of each method."""
+        if self.loss == "sft":
+            return [(lr, 0.0) for lr in (1e-4, 2e-4, 3e-4, 5e-4)] if self.steps else [(0.0, 0.0)]
+        return [(2e-5, 400.0), (3e-5, 400.0), (5e-5, 400.0), (3e-5, 800.0)]
 
 
-BETAS = [(5e-5, beta) for beta in (100.0, 200.0, 400.0, 800.0, 1600.0)]
-RATES = [(lr, 400.0) for lr in (1e-5, 2e-5, 3e-5, 1e-4)]
-SOME = [(5e-5, 200.0), (5e-5, 400.0), (5e-5, 800.0), (2e-5, 400.0)]
-SMALL = [(5e-5, 400.0), (5e-5, 1600.0), (2e-4, 1600.0)]  # blurred pictures differ by less
-SFT = [(1e-4, 0.0), (3e-4, 0.0), (1e-3, 0.0)]
-
-BASE = Method("base model", [(0.0, 0.0)], loss="sft", steps=0)
-OURS = Method("SUDO, ours", BETAS + RATES)
-TABLE = [
+BASE = Method("base model", loss="sft", steps=0)
+FALLING = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
+OURS = Method("SUDO")
+THEN = Method("SFT, then SUDO", steps=150, sft_first=400)
+MAIN = [
     BASE,
-    Method("SFT, equal steps", SFT, loss="sft"),
-    Method("SFT, equal compute", SFT, loss="sft", steps=800),
-    Method("SUDO, the paper's pairs", SOME, paper),
-    Method("SUDO, the official pairs", SOME[1:], official),
+    Method("SFT, equal steps", "sft"),
+    Method("SFT, constant lr", "sft", 800),
+    FALLING,
+    Method("SUDO, any image", changes=any_image),
     OURS,
-    Method("... gentler", [(1e-5, 400.0), (2e-5, 400.0)]),
-    Method("... every 2nd step only", [(3e-5, 400.0)], every=2),
-    Method("... without the MSE term", SOME[1:], without_mse),
-    Method("... loser: blur", SMALL, downgrade="blur"),
-    Method("... loser: random grid", SMALL, downgrade="random_grid"),
-    Method("... on 128 pictures", [], pictures=128),  # with the choice for all pictures
-    Method("... on 32 pictures", [], pictures=32),
+    replace(THEN, name="SFT, then SUDO, any image", changes=any_image),
+    THEN,
+    replace(THEN, name="SFT, then SUDO without MSE", weights={"dpo_weight": 1.0, "mse_weight": 0}),
 ]
+REST = [
+    Method("SUDO, the official pairs", changes=official),
+    Method("SUDO, loser: blur", settings={"downgrade": "blur"}),
+    Method("SUDO, loser: random grid", settings={"downgrade": "random_grid"}),
+    Method("SUDO, every 2nd step only", every=2),
+    Method("SUDO on 32 pictures", pictures=32, same_as=OURS.name),
+    replace(THEN, name="SFT, then SUDO, on 32 pictures", pictures=32, same_as=THEN.name),
+]
+HEADLINES = [m.name for m in MAIN if m.name != "SFT, equal steps"]  # the rows of README.md
 TRIED = [
-    Method("loser: nearest caption", [(3e-5, 400.0)], nearest),
-    Method("loser's gradient x 0.5", [(3e-5, 400.0)], loser_gradient=0.5),
-    Method("MSE weight x 20", [(2e-4, 1600.0)], more_mse),
-    Method("half the pairs a step", [(3e-5, 400.0)], batch_size=16),
-    Method("draws again after 60 steps", [(3e-5, 400.0)], cycle=60),
-    Method("draws again after 12 steps", [(3e-5, 400.0)], cycle=12),
+    replace(THEN, name="... lr of SUDO falling too", settings={"lr_schedule": "linear"}),
 ]
 
 
 # ------------------------------------------- one cell: train and judge
 
 
-def train(pipe, data, texts: list[str], config, method: Method) -> None:
+def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method) -> None:
     """The trainer's own loop, with what the method changes."""
     unet, scheduler, optimizer = train_tiny.prepare(pipe, config)
-    reference, errors = sudo.frozen_copy(unet), {}
+    sft_loss = partial(train_tiny.sft_loss, scheduler=scheduler)
+    batches = partial(train_tiny.micro_batches, data, config)
+    if method.loss == "sft":
+        for _ in train_tiny.train(unet, optimizer, sft_loss, batches, config):
+            pass
+        return
 
-    def batches(step: int) -> Iterator[dict]:
-        again = step % (method.cycle or method.steps)
-        rows = train_tiny.draw(data, config, again)[0]
-        (batch,) = train_tiny.micro_batches(data, config, again)
-        rng = train_tiny.generator(config.seed, "compare", again)
-        if method.loss == "sft" or step % method.every:
-            yield batch | {"mse_only": True}
-            return
-        batch |= method.changes(Step(data, texts, rows, rng))
-        if method.cycle and again not in errors:
-            errors[again] = train_tiny.pair_errors(reference, scheduler, **batch)
-        yield batch | {"reference": errors.get(again, reference)}
+    def changed(step: int) -> Iterator[dict]:
+        (batch,) = batches(step)
+        rows = train_tiny.draw(data, config, step)[0]
+        rng = train_tiny.generator(config.seed, "compare", step)
+        changes = method.changes(Step(data, rows, rng))
+        yield batch | changes | {"mse_alone": bool(step % method.every)}
 
-    def loss_fn(unet, mse_only: bool = False, **batch) -> tuple[Tensor, dict]:
-        if mse_only:
-            loss, metrics = train_tiny.sft_loss(unet, scheduler, **batch)
-            return (loss / 2 if method.loss == "sudo" else loss), metrics  # λ2
+    preference = {"reference": sudo.frozen_copy(unet), "beta": config.beta, **method.weights}
 
-        def policy(*inputs, **kwargs) -> Tensor:
-            winners, losers = unet(*inputs, **kwargs).sample.chunk(2)
-            return torch.cat([winners, torch.lerp(losers.detach(), losers, method.loser_gradient)])
+    def loss_fn(policy, mse_alone: bool, **batch) -> tuple[Tensor, dict]:
+        if mse_alone:
+            loss, metrics = sft_loss(policy, **batch)
+            return 0.5 * loss, metrics  # λ2
+        return sudo.sudo_loss(policy, scheduler=scheduler, **preference, **batch)
 
-        return sudo.sudo_loss(policy, scheduler=scheduler, beta=config.beta, **batch)
-
-    for _ in train_tiny.train(unet, optimizer, loss_fn, batches, config):
+    for _ in train_tiny.train(unet, optimizer, loss_fn, changed, config):
         pass
 
 
-@torch.no_grad()
-def held_out_pairs(pipe) -> list[dict]:
-    """Scenes of the test captions, each with four draws of t and ε; losers are other scenes."""
-    texts, rng = world.captions("test"), random.Random(0)
-    scenes = [world.draw(world.place(text, rng)) for text in texts]
-    raw = torch.frombuffer(bytearray(b"".join(s.tobytes() for s in scenes)), dtype=torch.uint8)
-    pixels = raw.view(len(scenes), world.GRID, world.GRID, 3).permute(0, 3, 1, 2) / 127.5 - 1
-    latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
-    words, _ = pipe.encode_prompt(texts, pipe.device, 1, False)
-    generator = train_tiny.generator("held out")
-    return [
-        {
-            "latents": latents,
-            "losers": sudo.random_image(latents, generator),
-            "encoder_hidden_states": words,
-            "noise": torch.randn(latents.shape, generator=generator),
-            "timesteps": torch.randint(1000, (len(texts),), generator=generator),
-        }
-        for _ in range(4)
-    ]
+@contextmanager
+def unconditional_branch_of(reference, pipe) -> Iterator[None]:
+    """Within it, the reference answers the unconditional half of guidance, the policy the other."""
+    policy = pipe.unet.forward
 
+    def forward(noisy, timestep, encoder_hidden_states, **kwargs):
+        (empty, noisy), (none, words) = noisy.chunk(2), encoder_hidden_states.chunk(2)
+        unconditional = reference(empty, timestep, none, **kwargs)[0]
+        return (torch.cat([unconditional, policy(noisy, timestep, words, **kwargs)[0]]),)
 
-def drift(pipe, base) -> dict:
-    """How the errors on held-out pairs differ from the base model's."""
-    held_out = held_out_pairs(pipe)
-    now, before = (
-        torch.stack([train_tiny.pair_errors(unet, pipe.scheduler, **pairs) for pairs in held_out])
-        for unet in (pipe.unet, base)
-    )
-    (e_w, e_l), (r_w, r_l) = now.chunk(2, dim=1), before.chunk(2, dim=1)  # each (4, 108)
-    margin = (e_l - e_w) - (r_l - r_w)
-    return {
-        "winner_drift": (e_w - r_w).mean().item(),
-        "loser_drift": (e_l - r_l).mean().item(),
-        "implicit_acc": ((margin > 0).float() + 0.5 * (margin == 0)).mean().item(),
-        "typical_difference": (r_l - r_w).abs().median().item(),
-    }
+    pipe.unet.forward = forward
+    yield
+    pipe.unet.forward = policy
 
 
 def spread(first: list[Image.Image], second: list[Image.Image]) -> tuple[float, float]:
     """Standard deviation of positions and of sizes between two pictures of the same caption.
 
-    In picture widths, from the captions of whose pictures both show two things.
+    In picture widths, from the captions for which both pictures show two things.
     """
     both = [
         (a.things, b.things)
@@ -246,36 +204,96 @@ def spread(first: list[Image.Image], second: list[Image.Image]) -> tuple[float, 
     return tuple((d.square().mean() / 2).sqrt().item() for d in (places, sizes))
 
 
-def cell(method: Method, split: str, lr: float, beta: float, seed: int) -> dict:
-    """Train the method and judge it on "validation" or "test"."""
-    torch.set_num_threads(1)  # a process a core is faster than all cores on so small a model
+@torch.no_grad()
+def drift(pipe, reference, split: str) -> dict:
+    """How the errors on held-out pairs differ from the reference's, over four draws of t and ε."""
+    texts, rng = world.captions(split), random.Random(0)
+    scenes = [world.draw(world.place(text, rng)) for text in texts]
+    pixels = pipe.image_processor.preprocess(scenes)
+    latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    words, _ = pipe.encode_prompt(texts, pipe.device, 1, False)
+    generator = train_tiny.generator("held out")
+    held_out = [
+        {
+            "latents": latents,
+            "losers": sudo.random_image(latents, generator),
+            "encoder_hidden_states": words,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "timesteps": torch.randint(1000, (len(texts),), generator=generator),
+        }
+        for _ in range(4)
+    ]
+    (e_w, e_l), (r_w, r_l) = (
+        torch.stack(
+            [train_tiny.pair_errors(unet, pipe.scheduler, **pairs) for pairs in held_out]
+        ).chunk(2, dim=1)
+        for unet in (pipe.unet, reference)
+    )
+    margin = (e_l - e_w) - (r_l - r_w)
+    return {
+        "winner_drift": (e_w - r_w).mean().item(),
+        "loser_drift": (e_l - r_l).mean().item(),
+        "implicit_acc": ((margin > 0).float() + 0.5 * (margin == 0)).mean().item(),
+        "typical_difference": (r_l - r_w).abs().median().item(),
+    }
+
+
+def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: int, sft_lr: float):
+    """Train the method from the model and judge it on "validation" or "test"."""
+    torch.set_num_threads(1)  # a process for each core is faster than all cores on one tiny model
     config = replace(
-        train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny"]),
-        **{"lr": lr, "beta": beta, "seed": seed, "downgrade": method.downgrade},
-        **{"steps": method.steps, "batch_size": method.batch_size},
+        train_tiny.parse(["--data", str(LAB.parent / "captions.jsonl"), "--model", model]),
+        **{"loss": method.loss, "lr": lr, "beta": beta, "steps": method.steps, "seed": seed},
+        **method.settings,
     )
     pipe = DiffusionPipeline.from_pretrained(config.model)
     rows = train_tiny.read_rows(config.data, config.image_column, config.caption_column)
-    rows = rows[: method.pictures]
-    data = train_tiny.encode(pipe, rows, config)
+    data = train_tiny.encode(pipe, rows[: method.pictures], config)
+    if method.sft_first:
+        first = replace(config, loss="sft", beta=0.0, steps=method.sft_first)
+        after_sft(pipe, data, replace(first, lr=sft_lr, lr_schedule="linear"))
     pipe.unet.to(memory_format=torch.channels_last)
-    base = sudo.frozen_copy(pipe.unet)
-    train(pipe, data, [row.text for row in rows], config, method)
+    reference = sudo.frozen_copy(pipe.unet)
+    train(pipe, data, config, method)
 
     pipe.to(train_tiny.DEVICE)
     result = {}
     for guidance in GUIDANCES:
-        texts = world.captions(split)
-        *scores, pictures = world.judge(pipe, texts, guidance, seed)
-        result[f"{guidance:g}"] = scores
-        if split == "test" and guidance in (1.0, 3.0):
-            *_, more = world.judge(pipe, texts, guidance, seed + 1000)
-            result[f"spread {guidance:g}"] = spread(pictures, more)
-            seen = world.judge(pipe, [row.text for row in rows[:SEEN_ROWS]], guidance, seed)
-            result[f"seen {guidance:g}"] = seen[:2]
-        if split == "test" and guidance == 1.0 and seed == 0:
-            result["samples"] = packed(pictures[:SHOWN])
-    return result | (drift(pipe.to("cpu"), base) if split == "test" else {})
+        judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
+        result[f"{guidance:g}"] = mean_scores(judged)
+        if guidance == 1 and split == "test":
+            first, second = (pictures for *_, pictures in judged)
+            result["spread"] = spread(first, second)
+            if seed == 0:
+                result["samples"] = packed(first[:SHOWN])
+        if guidance > 1 and method.loss == "sudo":
+            with unconditional_branch_of(reference, pipe):
+                judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
+            result[f"{guidance:g} ref"] = mean_scores(judged)
+    return result | drift(pipe, reference, split)
+
+
+def judge(pipe, split: str, guidance: float, seed: int):
+    return world.judge(pipe, world.captions(split), guidance, seed)
+
+
+def mean_scores(judged: list[tuple]) -> list[float]:
+    """Whole matches and attributes, of two drawings."""
+    return [fmean(scores) for scores in list(zip(*judged))[:2]]
+
+
+def after_sft(pipe, data: train_tiny.Data, config: train_tiny.Config) -> None:
+    """Train pipe.unet by SFT, or take what another cell's same training left in lab/sft."""
+    base = Path(config.model, "unet", "diffusion_pytorch_model.safetensors").read_bytes()
+    run = repr((config, len(data.picture), zlib.crc32(base)))
+    file = LAB / "sft" / f"{zlib.crc32(run.encode()):08x}.pt"
+    if not file.exists():
+        train(pipe, data, config, Method("", "sft"))
+        file.parent.mkdir(exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}")  # another process may write the same
+        torch.save(pipe.unet.state_dict(), beside)
+        beside.rename(file)
+    pipe.unet.load_state_dict(torch.load(file, weights_only=True))
 
 
 def packed(pictures: list[Image.Image]) -> str:
@@ -291,8 +309,8 @@ def packed(pictures: list[Image.Image]) -> str:
 # ------------------------------------------- all cells
 
 
-def key(method: Method, split: str, lr: float, beta: float, seed: int) -> str:
-    return f"{split} | {method.name} | lr {lr:g} | β {beta:g} | seed {seed}"
+def key(model: str, method: Method, split: str, lr: float, beta: float, seed: int, _=0.0) -> str:
+    return f"{Path(model).name} | {split} | {method.name} | lr {lr:g} | β {beta:g} | seed {seed}"
 
 
 def run(jobs: list[tuple], results: dict, name: str) -> None:
@@ -302,17 +320,17 @@ def run(jobs: list[tuple], results: dict, name: str) -> None:
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # of the workers
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         running = {pool.submit(cell, *job): job for job in jobs}
-        for future in tqdm(as_completed(running), name, total=len(running)):
+        for future in tqdm(as_completed(running), name, total=len(running), disable=False):
             results[key(*running[future])] = future.result()
             beside = RESULTS.with_suffix(".unfinished")
-            beside.write_text(
-                json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8"
-            )
+            text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False)
+            beside.write_text(text + "\n", encoding="utf-8")
             beside.rename(RESULTS)
 
 
-def sweep(methods: list[Method]) -> list[tuple]:
-    return [(m, "validation", lr, beta, 0) for m in methods for lr, beta in m.grid]
+def sweep(method: Method, sft_lr: float = 0.0) -> list[tuple]:
+    tried = [(lr, beta, seed) for lr, beta in method.grid for seed in VALIDATION_SEEDS]
+    return [(TINY, method, "validation", lr, beta, seed, sft_lr) for lr, beta, seed in tried]
 
 
 def worth(result: dict) -> float:
@@ -321,16 +339,30 @@ def worth(result: dict) -> float:
     return whole[0] + max(whole)
 
 
-def choice(method: Method, results: dict) -> tuple[float, float, float]:
-    """(lr, β, guidance) that did best on the validation captions."""
-    method = method if method.grid else OURS
-    jobs = sweep([method])
-    best = max(jobs, key=lambda job: worth(results[key(*job)]))
-    result = results[key(*best)]
-    return *best[2:4], max(GUIDANCES, key=lambda guidance: result[f"{guidance:g}"][0])
+class Choice(NamedTuple):
+    lr: float
+    beta: float
+    guidance: str  # that did best on the validation captions
+    with_reference: str  # the same with the reference's unconditional branch
 
 
-# ------------------------------------------- tables and figure
+def choice(method: Method, results: dict) -> Choice:
+    """What did best on the validation captions, over its seeds."""
+    method = next((m for m in MAIN if m.name == method.same_as), method)
+    cells = {}
+    for job in sweep(method):
+        cells.setdefault(job[3:5], []).append(results[key(*job)])
+    lr, beta = max(cells, key=lambda pair: fmean(map(worth, cells[pair])))
+
+    def best(names: list[str]) -> str:
+        return max(names, key=lambda name: fmean(cell[name][0] for cell in cells[lr, beta]))
+
+    plain = [f"{guidance:g}" for guidance in GUIDANCES]
+    with_reference = [name for name in cells[lr, beta][0] if name.endswith(" ref")]
+    return Choice(lr, beta, best(plain), best(with_reference) if with_reference else "")
+
+
+# ------------------------------------------- tables and pictures
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
@@ -351,109 +383,151 @@ def table(lines: list[list[str]]) -> None:
     print("\n".join(f"| {' | '.join(line)} |" for line in lines), end="\n\n")
 
 
-def tables(results: dict, seeds: range) -> None:
+class Row(NamedTuple):
+    """A method's cells on the test captions, by seed, with what was chosen for it."""
+
+    method: Method
+    choice: Choice
+    cells: dict[int, dict]
+
+    def whole(self, name: str) -> list[float]:
+        return [cell[name][0] for cell in self.cells.values()]
+
+
+def row_of(method: Method, results: dict, model: str = "") -> Row:
+    chosen = choice(method, results)
+    keys = {s: key(model or TINY, method, "test", chosen.lr, chosen.beta, s) for s in range(10)}
+    return Row(method, chosen, {s: results[k] for s, k in keys.items() if k in results})
+
+
+def at(row: Row, name: str) -> str:
+    return f"{shown(row.whole(name))} at {name.removesuffix(' ref')}" if name else ""
+
+
+def tables(results: dict) -> None:
     """Print what README.md and lab/README.md show: means over the seeds and 95 % intervals."""
-    short = [["whole matches, test captions", "passes", "guidance 1", "guidance 3", "own best"]]
-    whole = [["whole matches", "lr, β", *(f"guidance {g:g}" for g in GUIDANCES)]]
-    more = [["", "attributes at guidance 1, 3", "whole matches of seen captions at 1, 3"]]
-    more[0] += ["drift of winners, losers", "implicit accuracy", "spread at 1 of places, sizes"]
-    best = {}
-    for method in TABLE:
-        lr, beta, guidance = choice(method, results)
-        cells = [results[key(method, "test", lr, beta, seed)] for seed in seeds]
-        matches = {g: [cell[f"{g:g}"][0] for cell in cells] for g in GUIDANCES}
-        best[method.name] = matches[guidance]
-        line = [method.name, f"{method.cost:.2g}", shown(matches[1.0]), shown(matches[3.0])]
-        short.append([*line, f"{shown(matches[guidance])} at {guidance:g}"])
-        settings = "" if lr == 0 else f"{lr:g}" if method.loss == "sft" else f"{lr:g}, {beta:g}"
-        whole.append([method.name, settings, *(shown(matches[g]) for g in GUIDANCES)])
-
-        def pick(name: str, i: int, cells=cells) -> list[float]:
-            return [cell[name][i] for cell in cells]
-
-        drifts = ([cell[f"{who}_drift"] for cell in cells] for who in ("winner", "loser"))
-        more.append(
-            [
-                method.name,
-                ", ".join(shown(pick(name, 1)) for name in ("1", "3")),
-                ", ".join(shown(pick(f"seen {name}", 0)) for name in ("1", "3")),
-                ", ".join(shown(drift, 3) for drift in drifts),
-                shown([cell["implicit_acc"] for cell in cells]),
-                ", ".join(shown(pick("spread 1", i), 3) for i in (0, 1)),
-            ]
-        )
+    rows = {m.name: row_of(m, results) for m in MAIN + REST if has_cells(m, results)}
+    short = [["whole matches, test captions", "passes", "guidance 1", "own best"]]
+    short[0].append("own best, reference's unconditional branch")
+    for name in HEADLINES:
+        row = rows[name]
+        line = [name, f"{row.method.passes:.2g}", shown(row.whole("1"))]
+        short.append([*line, at(row, row.choice.guidance), at(row, row.choice.with_reference)])
     table(short)
-    ahead = [a - b for a, b in zip(best[OURS.name], best["SFT, equal compute"])]
-    print(f"{OURS.name} less SFT, equal compute, each at its own best: {shown(ahead)}\n")
-    base = results[key(BASE, "test", 0.0, 0.0, 0)]["typical_difference"]
-    print(f"Base model: median |e_w - e_l| {base:.4f}, one unit of u at β = {2 / base:.0f}\n")
-    table(whole)
+
+    differences = [["whole matches, paired by seed", "seeds", "guidance 1", "each at its own best"]]
+    differences[0].append("with the reference's branch")
+    for model in sorted({k.split(" | ")[0] for k in results if "| test |" in k}):
+        for method in (THEN, OURS):
+            if not all(has_cells(m, results, model) for m in (method, FALLING)):
+                continue
+            row, sft = row_of(method, results, model), row_of(FALLING, results, model)
+            seeds = sorted(row.cells.keys() & sft.cells.keys())
+
+            def ahead(a: str, b: str, row=row, sft=sft, seeds=seeds) -> str:
+                return shown([row.cells[s][a][0] - sft.cells[s][b][0] for s in seeds], 3)
+
+            best = sft.choice.guidance
+            pairs = ("1", "1"), (row.choice.guidance, best), (row.choice.with_reference, best)
+            line = [f"{method.name} - {FALLING.name}, {model}", str(len(seeds))]
+            differences.append([*line, *(ahead(a, b) for a, b in pairs)])
+    table(differences)
+
+    names = [f"{g:g}" for g in GUIDANCES]
+    whole = [["whole matches", "seeds", "lr, β", *(f"guidance {name}" for name in names)]]
+    whole[0].append("best, reference's branch")
+    more = [["", "attributes at guidance 1, 3", "drift of winners, losers", "implicit accuracy"]]
+    more[0].append("spread of places, sizes at guidance 1")
+    for name, row in rows.items():
+        lr, beta, _, with_reference = row.choice
+        line = [name, str(len(row.cells)), f"{lr:g}, {beta:g}" if beta else f"{lr:g}"]
+        line += [shown(row.whole(guidance)) for guidance in names]
+        whole.append([*line, at(row, with_reference)])
+        cells = row.cells.values()
+        attributes = (shown([cell[guidance][1] for cell in cells]) for guidance in ("1", "3"))
+        drifts = (
+            shown([cell[who] for cell in cells], 3) for who in ("winner_drift", "loser_drift")
+        )
+        spreads = (shown([cell["spread"][i] for cell in cells], 3) for i in (0, 1))
+        accuracy = shown([cell["implicit_acc"] for cell in cells])
+        more.append([name, ", ".join(attributes), ", ".join(drifts), accuracy, ", ".join(spreads)])
     rng = random.Random(0)
     scenes = [world.draw(world.place(text, rng)) for text in world.captions("test") * 2]
     own = ", ".join(f"{value:.3f}" for value in spread(scenes[:108], scenes[108:]))
-    more.append(["(the world's own scenes)", "", "", "", "", own])
-    table(more)
-    sweeps = [["validation, one seed: whole matches", "lr, β", *map("{:g}".format, GUIDANCES)]]
-    for method in TABLE + TRIED:
-        for job in sweep([method]):
-            if key(*job) in results:
-                values = [f"{results[key(*job)][f'{g:g}'][0]:.2f}" for g in GUIDANCES]
-                sweeps.append([method.name, f"{job[2]:g}, {job[3]:g}", *values])
+    table(whole)
+    table([*more, ["(the world's own scenes)", "", "", "", own]])
+
+    sweeps = [["validation, mean of the seeds: whole matches", "lr, β", *names]]
+    for method in MAIN + REST + TRIED:
+        for lr, beta in () if method.same_as else method.grid:
+            keys = [key(TINY, method, "validation", lr, beta, seed) for seed in VALIDATION_SEEDS]
+            if all(k in results for k in keys):
+                values = [fmean(results[k][name][0] for k in keys) for name in names]
+                sweeps.append([method.name, f"{lr:g}, {beta:g}", *(f"{v:.2f}" for v in values)])
     table(sweeps)
+    base = results[key(TINY, BASE, "validation", 0.0, 0.0, 100)]["typical_difference"]
+    print(f"Base model: median |e_w - e_l| {base:.4f}, one unit of u at β = {2 / base:.0f}")
 
 
-def figure(results: dict, seeds: range) -> None:
+def has_cells(method: Method, results: dict, model: str = "") -> bool:
+    try:
+        return bool(row_of(method, results, model).cells)
+    except KeyError:  # its lr and β are not chosen yet
+        return False
+
+
+def pictures(results: dict) -> None:
+    """lab/compare.png: matches against guidance; lab/before-after.png: samples of the recipe."""
     import matplotlib.pyplot as plt
 
-    sizes = {"figsize": (11, 3.8), "width_ratios": (1, 1.1), "layout": "constrained"}
-    canvas, (left, right) = plt.subplots(1, 2, **sizes)
-    names = ("base model", "SFT, equal compute", "SUDO, the official pairs", "SUDO, ours")
-    methods = [next(m for m in TABLE if m.name == name) for name in names]
-    strips = []
-    for method in methods:
-        png = results[key(method, "test", *choice(method, results)[:2], 0)]["samples"]
-        strips.append(Image.open(io.BytesIO(base64.b64decode(png))))
-    side = strips[0].height
-    sheet = Image.new("RGB", (strips[0].width, side * len(strips)))
-    for y, strip in enumerate(strips):
-        sheet.paste(strip, (0, y * side))
-    left.imshow(sheet)
-    left.vlines([side * x - 0.5 for x in range(SHOWN + 1)], *left.get_ylim(), "white", lw=3)
-    left.hlines([side * y - 0.5 for y in range(len(strips) + 1)], *left.get_xlim(), "white", lw=3)
-    left.spines[:].set_visible(False)
-    left.set_yticks(
-        [side * (y + 0.5) for y in range(len(names))], [n.replace(", ", ",\n") for n in names]
-    )
-    left.set_xticks([]), left.tick_params(length=0)
-    left.set_title("the first eight test captions, guidance 1, seed 0", fontsize=9)
-
-    shades = {"guidance 1": ("0.25", -0.2), "own best guidance": ("0.8", 0.2)}
-    for name, (shade, offset) in shades.items():
-        for y, method in enumerate(TABLE):
-            lr, beta, guidance = choice(method, results)
-            guidance = 1.0 if name == "guidance 1" else guidance
-            cells = [results[key(method, "test", lr, beta, seed)] for seed in seeds]
-            mean, half = mean_and_interval([cell[f"{guidance:g}"][0] for cell in cells])
-            label = name if y == 0 else None
-            right.barh(y + offset, mean, 0.38, xerr=half, color=shade, edgecolor="k", label=label)
-    right.set_yticks(range(len(TABLE)), [method.name for method in TABLE], fontsize=8)
-    right.invert_yaxis(), right.set_xlim(0, 1)
-    right.set_xlabel(f"share of test pictures that match their caption whole, {len(seeds)} seeds")
-    right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
+    canvas, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines = [(row_of(m, results), "") for m in (BASE, FALLING, OURS, THEN)]
+    for row, suffix in [*lines, (row_of(THEN, results), " ref")]:
+        names = [f"{g:g}{suffix}" for g in GUIDANCES if not suffix or g > 1]
+        means, halves = zip(*(mean_and_interval(row.whole(name)) for name in names))
+        label = row.method.name + (", unconditional branch of the reference" if suffix else "")
+        style = {"fmt": "--" if suffix else "-", "marker": "o", "ms": 4, "capsize": 3}
+        axes.errorbar(GUIDANCES[-len(names) :], means, halves, label=label, **style)
+    axes.set_xlabel("guidance scale")
+    axes.set_ylabel("share of whole matches, test captions")
+    axes.legend(frameon=False, fontsize=9)
     canvas.savefig(LAB / "compare.png", dpi=120)
+
+    names = {"base": BASE, "SFT": FALLING, "SFT, then SUDO": THEN}
+    strips = {}
+    for name, method in names.items():
+        png = row_of(method, results).cells[0]["samples"]
+        strip = Image.open(io.BytesIO(base64.b64decode(png)))
+        side = strip.height
+        strips[name] = [strip.crop((x * side, 0, (x + 1) * side, side)) for x in range(SHOWN)]
+    train_tiny.sheet(world.captions("test")[:SHOWN], **strips).save(LAB / "before-after.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--seeds", type=int, default=10, help="of the main rows; the rest: half")
+    parser.add_argument("--base", nargs="*", default=[], help="folders of further base models")
+    parser.add_argument("--tables", action="store_true", help="train nothing")
+    args = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    run(sweep(TABLE), results, "choosing")
-    chosen = {method.name: choice(method, results)[:2] for method in TABLE}
-    run([(m, "test", *chosen[m.name], s) for s in seeds for m in TABLE], results, "comparing")
-    run(sweep(TRIED), results, "trying")
-    tables(results, seeds)
-    figure(results, seeds)
+    if not args.tables:
+        run(sweep(BASE) + sweep(FALLING), results, "choosing lr of SFT")
+        sft_lr = choice(FALLING, results).lr
+        for methods, seeds in ((MAIN, args.seeds), (REST, args.seeds // 2)):
+            chosen = [m for m in methods if not m.same_as]
+            run([job for m in chosen for job in sweep(m, sft_lr)], results, "choosing")
+            best = [(m, *choice(m, results)[:2]) for m in methods]
+            jobs = [(TINY, m, "test", *b, s, sft_lr) for s in range(seeds) for m, *b in best]
+            run(jobs, results, "comparing")
+            print(flush=True)
+        for model in args.base:
+            best = [(m, *choice(m, results)[:2]) for m in (BASE, FALLING, THEN)]
+            seeds = range(args.seeds // 2)
+            jobs = [(model, m, "test", *b, s, sft_lr) for s in seeds for m, *b in best]
+            run(jobs, results, f"comparing on {model}")
+        run([job for m in TRIED for job in sweep(m, sft_lr)], results, "trying")
+    tables(results)
+    pictures(results)
 
 
 if __name__ == "__main__":
