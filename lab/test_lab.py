@@ -76,7 +76,7 @@ def test_sample_data_shows_its_captions_and_nothing_held_out():
 
 def test_the_tables_on_the_pages_are_those_of_the_results(capsys):
     results = json.loads(compare.RESULTS.read_text(encoding="utf-8"))
-    compare.tables(results, range(5))
+    compare.tables(results)
     printed = capsys.readouterr().out
     short, *others = [part for part in printed.split("\n\n") if part.startswith("|")]
     assert short in (LAB.parent / "README.md").read_text(encoding="utf-8")
