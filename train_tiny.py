@@ -396,9 +396,12 @@ def has_bf16() -> bool:
 
 
 def half_precision(dtype: torch.dtype = torch.bfloat16):
-    """Autocast on a GPU whose hardware has the dtype, nothing elsewhere; the weights stay fp32."""
+    """Autocast on a GPU whose hardware has the dtype, nothing elsewhere; the weights stay fp32.
+
+    A pass uses each weight once, so a cache of the cast weights would only hold memory.
+    """
     has_it = DEVICE.type == "cuda" if dtype is torch.float16 else has_bf16()
-    return torch.autocast("cuda", dtype) if has_it else nullcontext()
+    return torch.autocast(DEVICE.type, dtype, cache_enabled=False) if has_it else nullcontext()
 
 
 def sft_loss(unet, scheduler, latents, noise, timesteps, losers, pair_weight, **conditions):

@@ -3,11 +3,11 @@
     python lab/bench.py                # lab/tiny-sd: three minutes on 2 CPU cores
     python lab/bench.py --model sd15   # without a GPU one step, in 20 GB
     python lab/bench.py --model sdxl   # for a GPU
+    python lab/bench.py --fit          # what fits which GPU, counted without one
 
 sd15 and sdxl have their public configurations and random weights, which are as much work as trained
 ones, so nothing is downloaded. The rows of a table take turns, a step each, round after round, and
 a ratio is the median of the rounds' ratios. Memory is that of a process which runs one row alone.
-On a CPU torch's FLOP counter leaves attention out.
 """
 
 import argparse
@@ -17,20 +17,27 @@ import platform
 import resource
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -44,6 +51,24 @@ from compare import table  # noqa: E402
 CUDA = torch.cuda.is_available()
 PASSES = 4  # micro-batches in a step of sd15 and sdxl; the recipes have more, for the same cost
 ROUNDS = 25
+# The attention of a CPU, which torch's FLOP counter does not know: the shapes are a GPU's.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+# Dense bf16 TFLOP/s by the data sheets, and the share of it that training reaches: an assumption.
+CARDS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312}
+SHARE = 0.4
+ARRANGEMENTS = {  # the simplest first
+    "--optimizer adamw": {"optimizer": "adamw", "held": True},
+    "--optimizer adamw --precompute-reference": {"optimizer": "adamw", "held": False},
+    "--optimizer adafactor": {"optimizer": "adafactor", "held": True},
+    "--optimizer adafactor --precompute-reference": {"optimizer": "adafactor", "held": False},
+}
 
 
 # ------------------------------------------- models
@@ -288,7 +313,7 @@ def steps(model: str, batch_size: int, passes: int) -> None:
     times, flops = {row: [] for row in rows}, {}
     for row in rows:
         row(bench)  # warm
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             row(bench)
         flops[row] = counter.get_total_flops() / pairs[row]
     for _ in tqdm(range(ROUNDS), "steps in turn"):
@@ -357,11 +382,210 @@ def loader() -> None:
     table(lines)
 
 
+# ------------------------------------------- what fits which GPU, counted
+
+
+class Live(TorchDispatchMode):
+    """Within it, `now` is the number of bytes in all storages that are alive, and `peak` the most.
+
+    Counted are the outputs of all operations, once for each storage, until it is freed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.see, result)
+        return result
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:  # else a view, or the result of an operation in place
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.now -= size
+
+
+@contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Within it tensors have a shape and no data, and are cast as by autocast to bf16 on a GPU."""
+
+    def in_fp32(norm: Callable) -> Callable:
+        return lambda x, *arguments: norm(x.float(), *arguments)
+
+    norms = {name: in_fp32(getattr(F, name)) for name in ("group_norm", "layer_norm")}
+    with (
+        FakeTensorMode(),
+        mock.patch.object(FakeTensor, "tolist", lambda tensor: [0.0] * tensor.numel()),
+        mock.patch.multiple(train_tiny, DEVICE=torch.device("cpu"), has_bf16=lambda: True),
+        mock.patch.multiple(F, **norms),  # which autocast leaves in bf16 on a CPU alone
+    ):
+        yield
+
+
+def fake_steps(
+    model: str,
+    batch_size: int,
+    grad_accum: int = 2,  # in the second pass there are gradients beside the activations
+    loss: str = "sudo",
+    optimizer: str = "adamw",
+    held: bool = True,  # the reference, or else precomputed
+    checkpointing: bool = True,
+) -> Iterator[SimpleNamespace]:
+    """The trainer's own steps of a model on fake tensors; yields the pipeline after each."""
+    config = train_tiny.parse(["--data", "none", "--model", model, "--loss", loss])
+    config = replace(config, batch_size=batch_size, grad_accum=grad_accum, optimizer=optimizer)
+    pipe, B = parts(model), batch_size
+    size, width = pipe.unet.config.sample_size, pipe.unet.config.cross_attention_dim
+    pipe.unet.to = lambda *_, **__: pipe.unet  # torch cannot move fake weights in place
+    unet, scheduler, optimizer = train_tiny.prepare(pipe, replace(config, family="sd15"))
+    if not checkpointing:
+        unet.disable_gradient_checkpointing()
+    latents = torch.randn(B, 4, size, size)
+    batch = {"latents": latents, "losers": latents.clone(), "noise": latents.clone()}
+    batch |= {"timesteps": torch.zeros(B, dtype=torch.long), "pair_weight": torch.ones(B)}
+    batch["encoder_hidden_states"] = torch.randn(B, 77, width)
+    if model == "sdxl":
+        added = {"text_embeds": torch.randn(B, 1280), "time_ids": torch.zeros(B, 6)}
+        batch["added_cond_kwargs"] = added
+    loss_fn = partial(train_tiny.sft_loss, scheduler=scheduler)
+    if loss == "sudo":
+        loss_fn = partial(sudo.sudo_loss, scheduler=scheduler, beta=config.beta)
+        # Not a `frozen_copy`, which would copy the mode of fake tensors too.
+        frozen = parts(model).unet.eval().requires_grad_(False) if held else torch.zeros(2 * B)
+        batch["reference"] = frozen
+    for _ in train_tiny.train(unet, optimizer, loss_fn, lambda _: [batch] * grad_accum, config):
+        yield pipe
+
+
+def counted_peak(model: str, batch_size: int, **arrangement) -> float:
+    """GB at the peak of the second step, when the optimizer has its state."""
+    with fake_gpu(), Live() as live:
+        steps = fake_steps(model, batch_size, **arrangement)
+        next(steps), next(steps)
+        return live.peak / 1e9
+
+
+def counted_flop(model: str, **arrangement) -> float:
+    """TFLOP of a training step for one pair."""
+    with fake_gpu(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        next(fake_steps(model, 1, 1, **arrangement))
+        return counter.get_total_flops() / 1e12
+
+
+def encoders() -> float:
+    """TFLOP per pair that the official code adds: it encodes two pictures and a caption."""
+    with fake_gpu(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        pipe = parts("sd15")
+        with torch.no_grad():
+            pipe.vae.encode(torch.randn(2, 3, 512, 512))
+            pipe.text_encoder(torch.zeros(1, 77, dtype=torch.long))
+        return counter.get_total_flops() / 1e12
+
+
+def memory(batches: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+    """Tables of the memory that a step takes, and of the flags with which it fits a card."""
+    lines = [["GB at the peak of a step, counted", *(f"--batch-size {B}" for B in batches)]]
+    peaks = {}
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = [
+            (model, flags, pool.map(partial(counted_peak, model, **arrangement, **more), batches))
+            for model in ("sd15", "sdxl")
+            for more in ({}, {"checkpointing": False})
+            for flags, arrangement in ARRANGEMENTS.items()
+        ]
+        for model, flags, counts in tqdm(rows, "counting"):
+            again = (model, flags) in peaks
+            peaks.setdefault((model, flags), counts := [*counts])
+            name = f"{model} `{flags}`{', no gradient checkpointing' if again else ''}"
+            lines.append([name, *(f"{peak:.1f}" for peak in counts)])
+    table(lines)
+
+    lines = [["card", "sd15 at 512 x 512", "sdxl at 1024 x 1024"]]
+    for gigabytes in (12, 16, 24, 40, 80):
+        # A tenth and one GB are left for what is not counted.
+        room, line = (gigabytes * 2**30 / 1e9 - 1) / 1.1, [f"{gigabytes} GB"]
+        for model in ("sd15", "sdxl"):
+            fitting = [
+                f"`{flags} --batch-size {max(sizes)}`"
+                for flags in ARRANGEMENTS
+                if (sizes := [B for B, peak in zip(batches, peaks[model, flags]) if peak < room])
+            ]
+            line.append(fitting[0] if fitting else "does not fit")
+        lines.append(line)
+    table(lines)
+
+
+def work() -> None:
+    """Tables of the work that a pair takes, and of what follows for the time on some cards."""
+    kinds = {
+        "SFT": {"loss": "sft"},
+        "SUDO": {},
+        "SUDO, precomputed reference": {"held": False},
+    }
+    lines = [["TFLOP per pair, counted", "with gradient checkpointing", "without"]]
+    flop = {}
+    for model in ("sd15", "sdxl"):
+        for name, arrangement in kinds.items():
+            for checkpointing in (True, False):
+                count = counted_flop(model, checkpointing=checkpointing, **arrangement)
+                flop[model, name, checkpointing] = count
+            both = [f"{flop[model, name, checkpointing]:.2f}" for checkpointing in (True, False)]
+            lines.append([f"{model}, {name}", *both])
+    official = flop["sd15", "official arrangement", False] = (
+        flop["sd15", "SUDO", False] + encoders()
+    )
+    lines.append(["sd15, official arrangement", "", f"{official:.2f}"])
+    table(lines)
+
+    lines = [[f"sd15, estimate at {SHARE:.0%} of the card's bf16 rate", "pairs per second"]]
+    lines[0] += ["the default run", "the paper's run, on one card"]
+    recipe = train_tiny.RECIPES["sd15"]
+    default = recipe["steps"] * recipe["batch_size"] * recipe["grad_accum"]
+    for card, rate in CARDS.items():
+        for name, checkpointing in (("SUDO", True), ("official arrangement", False)):
+            pairs = SHARE * rate / flop["sd15", name, checkpointing]
+            hours = [f"{count / pairs / 3600:.3g} h" for count in (default, 2000 * 2048)]
+            lines.append([f"{name}, {card} ({rate} TFLOP/s)", f"{pairs:.2g}", *hours])
+    table(lines)
+    print(f"The loader delivers {loader_rate():,.0f} pairs of sd15 per second, measured here.")
+
+
+def loader_rate() -> float:
+    """Pairs a second that `micro_batches` cuts out of encoded data as large as SD1.5's."""
+    N, B, passes = 2048, 4, 8
+    config = train_tiny.parse(["--data", "none", "--model", "sd15"])
+    conditions = {"encoder_hidden_states": torch.randn(N + 1, 77, 768).half()}
+    index = torch.arange(N)
+    latents = torch.randn(N, 4, 64, 64).half()
+    data = train_tiny.Data([Path("none")] * N, latents, index, index, conditions, 1000)
+    config = replace(config, batch_size=B, grad_accum=passes)
+    took = median(
+        seconds(lambda step=step: [*train_tiny.micro_batches(data, config, step)])
+        for step in range(ROUNDS)
+    )
+    return B * passes / took
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=("tiny", "sd15", "sdxl"), default="tiny")
     parser.add_argument("--batch-size", type=int, help="pairs a pass; default: the recipe's")
+    parser.add_argument("--fit", action="store_true", help="count what fits which GPU, and stop")
     args = parser.parse_args()
+    if args.fit:
+        memory()
+        work()
+        return
     tiny = args.model == "tiny"
     batch_size = args.batch_size or train_tiny.RECIPES[args.model]["batch_size"]
     machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU cores"

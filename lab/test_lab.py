@@ -1,14 +1,18 @@
-"""The judge of the small world is exact, and the pages show the tables of results.json."""
+"""The judge is exact, the pages show what results.json has, and the memory counter counts right."""
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
+import bench
 import compare
 import world
 
@@ -82,3 +86,80 @@ def test_the_tables_on_the_pages_are_those_of_the_results(capsys):
     assert short in (LAB.parent / "README.md").read_text(encoding="utf-8")
     for table in others:
         assert table in (LAB / "README.md").read_text(encoding="utf-8")
+
+
+# ------------------------------------------- the memory counter of lab/bench.py
+
+UNIT = 4 * 64 * 64  # bytes of a [64, 64] tensor in fp32
+
+
+def test_the_counter_follows_each_storage_once_until_it_is_freed():
+    with bench.Live() as live:
+        a = torch.ones(64, 64)
+        view, b = a.T[1:], a + 1
+        b.mul_(2)
+        assert live.now == live.peak == 2 * UNIT
+        del a
+        assert live.now == 2 * UNIT  # the view holds it
+        del view
+        assert (live.now, live.peak) == (UNIT, 2 * UNIT)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_the_counter_knows_the_activations_that_checkpointing_keeps(segments):
+    with bench.Live() as live:
+        layers = [torch.nn.Linear(64, 64, bias=False) for _ in range(8)]
+        blocks = [torch.nn.Sequential(layer, torch.nn.Tanh()) for layer in layers]
+        x = y = torch.ones(64, 64)
+        assert live.now == (8 + 1) * UNIT
+        for block in blocks:
+            y = block(y)
+        assert live.now == (8 + 1 + 8) * UNIT  # a tanh keeps its result
+        size, y = 8 // segments, x
+        for first in range(0, 8, size):
+            y = checkpoint(
+                torch.nn.Sequential(*blocks[first : first + size]), y, use_reentrant=False
+            )
+        assert live.now == (8 + 1 + segments) * UNIT  # a segment keeps its last result alone
+        y.sum().backward()
+        del y
+        assert live.now == (8 + 1 + 8) * UNIT  # the gradients
+
+
+def test_the_counter_sees_weights_gradients_and_moments():
+    with bench.Live() as live:
+        weight = torch.nn.Parameter(torch.ones(64, 64))
+        optimizer = torch.optim.AdamW([weight], fused=True)
+        weight.square().sum().backward()
+        optimizer.step()
+        steps_taken = 4  # bytes of the count in the optimizer
+        assert live.now == 4 * UNIT + steps_taken
+
+
+def small(model):
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=48,
+    )
+    return SimpleNamespace(unet=unet, scheduler=DDPMScheduler())
+
+
+def test_a_count_on_fake_tensors_is_that_of_a_real_run(monkeypatch):
+    monkeypatch.setattr(bench, "parts", small)
+    weights = 4 * sum(p.numel() for p in small("").unet.parameters()) / 1e9
+    for arrangement in (
+        {"batch_size": 1},
+        {"batch_size": 4, "held": False},
+        {"batch_size": 2, "checkpointing": False, "optimizer": "adafactor"},
+    ):
+        fake = bench.counted_peak("sd15", **arrangement)
+        with monkeypatch.context() as patch:
+            patch.setattr(bench, "FakeTensorMode", nullcontext)
+            assert fake == pytest.approx(bench.counted_peak("sd15", **arrangement), rel=1e-3)
+    held, precomputed = (bench.counted_peak("sd15", 1, held=held) for held in (True, False))
+    assert held - precomputed == pytest.approx(weights, rel=1e-3)
+    # Weights, gradients, two moments and the reference.
+    assert 5 * weights < held < 6 * weights
