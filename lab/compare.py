@@ -116,6 +116,9 @@ BASE = Method("base model", loss="sft", steps=0)
 FALLING = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
 OURS = Method("SUDO")
 THEN = Method("SFT, then SUDO", steps=150, sft_first=400)
+SFT_BY_ADAFACTOR = replace(
+    FALLING, name="SFT, by Adafactor", settings={"lr_schedule": "linear", "optimizer": "adafactor"}
+)
 MAIN = [
     BASE,
     Method("SFT, equal steps", "sft"),
@@ -134,6 +137,8 @@ REST = [
     Method("SUDO, every 2nd step only", every=2),
     Method("SUDO on 32 pictures", pictures=32, same_as=OURS.name),
     replace(THEN, name="SFT, then SUDO, on 32 pictures", pictures=32, same_as=THEN.name),
+    SFT_BY_ADAFACTOR,
+    replace(THEN, name="SFT, then SUDO, by Adafactor", settings={"optimizer": "adafactor"}),
 ]
 HEADLINES = [m.name for m in MAIN if m.name != "SFT, equal steps"]  # the rows of README.md
 TRIED = [
@@ -309,7 +314,7 @@ def packed(pictures: list[Image.Image]) -> str:
 # ------------------------------------------- all cells
 
 
-def key(model: str, method: Method, split: str, lr: float, beta: float, seed: int, _=0.0) -> str:
+def key(model: str, method: Method, split: str, lr: float, beta: float, seed: int) -> str:
     return f"{Path(model).name} | {split} | {method.name} | lr {lr:g} | β {beta:g} | seed {seed}"
 
 
@@ -319,7 +324,7 @@ def run(jobs: list[tuple], results: dict, name: str) -> None:
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # of the workers
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        running = {pool.submit(cell, *job): job for job in jobs}
+        running = {pool.submit(cell, *job, sft_lr(job[1], results)): job for job in jobs}
         for future in tqdm(as_completed(running), name, total=len(running), disable=False):
             results[key(*running[future])] = future.result()
             beside = RESULTS.with_suffix(".unfinished")
@@ -328,9 +333,23 @@ def run(jobs: list[tuple], results: dict, name: str) -> None:
             beside.rename(RESULTS)
 
 
-def sweep(method: Method, sft_lr: float = 0.0) -> list[tuple]:
+def sft_lr(method: Method, results: dict) -> float:
+    """The learning rate of the SFT that comes before: that which SFT alone did best with."""
+    if not method.sft_first:
+        return 0.0
+    by_adafactor = method.settings.get("optimizer") == "adafactor"
+    return choice(SFT_BY_ADAFACTOR if by_adafactor else FALLING, results).lr
+
+
+def sweep(method: Method) -> list[tuple]:
     tried = [(lr, beta, seed) for lr, beta in method.grid for seed in VALIDATION_SEEDS]
-    return [(TINY, method, "validation", lr, beta, seed, sft_lr) for lr, beta, seed in tried]
+    return [(TINY, method, "validation", lr, beta, seed) for lr, beta, seed in tried]
+
+
+def tests(methods: list[Method], seeds: int, results: dict, model: str = TINY) -> list[tuple]:
+    """Seed after seed, so that a run that is stopped leaves as many seeds of each method."""
+    best = [(m, *choice(m, results)[:2]) for m in methods]
+    return [(model, m, "test", *pair, seed) for seed in range(seeds) for m, *pair in best]
 
 
 def worth(result: dict) -> float:
@@ -511,21 +530,18 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not args.tables:
-        run(sweep(BASE) + sweep(FALLING), results, "choosing lr of SFT")
-        sft_lr = choice(FALLING, results).lr
-        for methods, seeds in ((MAIN, args.seeds), (REST, args.seeds // 2)):
-            chosen = [m for m in methods if not m.same_as]
-            run([job for m in chosen for job in sweep(m, sft_lr)], results, "choosing")
-            best = [(m, *choice(m, results)[:2]) for m in methods]
-            jobs = [(TINY, m, "test", *b, s, sft_lr) for s in range(seeds) for m, *b in best]
-            run(jobs, results, "comparing")
-            print(flush=True)
+        few = args.seeds // 2
+        run(sweep(BASE) + sweep(FALLING), results, "choosing the lr of SFT")
+        for methods, seeds in ((MAIN, args.seeds), (REST, few)):
+            own = [method for method in methods if not method.same_as]
+            first = [method for method in own if not method.sft_first]
+            run([job for method in first for job in sweep(method)], results, "choosing")
+            run([job for method in own for job in sweep(method)], results, "choosing")
+            run(tests(methods, seeds, results), results, "comparing")
         for model in args.base:
-            best = [(m, *choice(m, results)[:2]) for m in (BASE, FALLING, THEN)]
-            seeds = range(args.seeds // 2)
-            jobs = [(model, m, "test", *b, s, sft_lr) for s in seeds for m, *b in best]
-            run(jobs, results, f"comparing on {model}")
-        run([job for m in TRIED for job in sweep(m, sft_lr)], results, "trying")
+            headline = tests([BASE, FALLING, THEN], few, results, model)
+            run(headline, results, f"comparing on {model}")
+        run([job for method in TRIED for job in sweep(method)], results, "trying")
     tables(results)
     pictures(results)
 
