@@ -610,8 +610,9 @@ def main(argv: list[str] | None = None) -> None:
         run(config)
     except torch.OutOfMemoryError:
         sys.exit(
-            "Out of GPU memory. --precompute-reference saves the second UNet; half the "
-            "--batch-size with twice the --grad-accum is the same step."
+            "Out of GPU memory. --precompute-reference saves the second UNet, --optimizer adafactor "
+            "saves most of the optimizer's state, and half the --batch-size with twice the "
+            "--grad-accum is the same step."
         )
 
 
