@@ -610,8 +610,8 @@ def main(argv: list[str] | None = None) -> None:
         run(config)
     except torch.OutOfMemoryError:
         sys.exit(
-            "Out of GPU memory. --precompute-reference saves the second UNet, --optimizer adafactor "
-            "saves most of the optimizer's state, and half the --batch-size with twice the "
+            "Out of GPU memory. --precompute-reference saves the second UNet and --optimizer "
+            "adafactor most of the optimizer's state; half the --batch-size with twice the "
             "--grad-accum is the same step."
         )
 
