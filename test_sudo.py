@@ -880,7 +880,7 @@ def snippets(page):
 
 
 def test_the_snippets_of_the_pages_are_those_tested_here():
-    assert len(snippets("README.md")) == 6
+    assert len(snippets("README.md")) == 4
     assert set(snippets("notebook.ipynb")) <= set(snippets("README.md"))
 
 
@@ -904,27 +904,6 @@ def test_the_snippet_for_the_script_of_diffusers(names):
     assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
 
 
-def test_the_snippet_for_sdxl(names):
-    b, scheduler = batch(), names["noise_scheduler"]
-    added = {"text_embeds": torch.randn(B, 10), "time_ids": torch.randint(64, (B, 6)).float()}
-    has_caption = torch.tensor([True, False, True, True])
-    reference = tiny_unet(**SDXL)
-    policy = moved(reference)
-    names |= {"unet": policy, "reference": reference, "has_caption": has_caption}
-    names |= {"pooled": added["text_embeds"], "time_ids": added["time_ids"]}
-    torch.manual_seed(3)
-    exec(snippets("README.md")[1], names)
-    torch.manual_seed(3)
-    losers = sudo.random_image(b.winners)
-    pairs = sudo.make_pairs(scheduler, b.winners, losers)
-    errors = [
-        sudo.denoising_error(unet, pairs, b.conditions, added_cond_kwargs=added)
-        for unet in (policy, reference)
-    ]
-    margins = sudo.implicit_margin(*errors, 5000.0)
-    assert_close(names["metrics"]["margin"], margins[has_caption].mean().detach())
-
-
 def test_the_snippet_for_lora_also_on_several_processes(names, tmp_path):
     b, base = batch(), tiny_unet()
     policy = copy.deepcopy(base).requires_grad_(False)
@@ -937,7 +916,7 @@ def test_the_snippet_for_lora_also_on_several_processes(names, tmp_path):
     try:
         names["unet"] = DistributedDataParallel(policy)
         torch.manual_seed(3)
-        exec(snippets("README.md")[2], names)
+        exec(snippets("README.md")[1], names)
         assert_close(names["loss"], expected)
         assert names["metrics"]["margin"] != 0
         names["loss"].backward()
@@ -947,30 +926,35 @@ def test_the_snippet_for_lora_also_on_several_processes(names, tmp_path):
     assert trained == {"lora_A", "lora_B"}
 
 
-def test_the_snippets_for_transformers(names):
+def test_the_snippet_for_transformers(names):
     scheduler = names["noise_scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    names |= {"prompt_embeds": batch().conditions, "pooled_prompt_embeds": torch.randn(B, 10)}
-    for code, name, unit in zip(snippets("README.md")[3:5], ("SD3", "Flux"), (1, 1000)):
+    names |= {"prompt_embeds": batch().conditions, "beta": 9.0}
+    for name, unit in (("SD3", 1), ("Flux", 1000)):
         transformer, latents, condition, ids = tiny_transformer(name)
         reference, seen = sudo.frozen_copy(transformer), {}
         transformer.register_forward_hook(
             lambda _, args, kwargs, out, seen=seen: seen.update(kwargs, out=out.sample),
             with_kwargs=True,
         )
-        names |= {"transformer": transformer, "reference": reference, "beta": 9.0}
-        names |= ids | condition | {"latents": latents, "packed_latents": latents}
+        names |= {"transformer": transformer, "reference": reference, "latents": latents}
+        names["pooled_prompt_embeds"] = condition["pooled_projections"]
         torch.manual_seed(3)
-        exec(code, names)
+        if name == "SD3":
+            exec(snippets("README.md")[2], names)
+            loss, metrics = names["loss"], names["metrics"]
+            assert set(seen["timestep"].tolist()) <= set(scheduler.timesteps.tolist())
+        else:  # what the README says of Flux
+            unets = (names["as_unet"](model, 1000, **ids) for model in (transformer, reference))
+            given = scheduler, latents, names["prompt_embeds"]
+            loss, metrics = sudo.sudo_loss(*unets, *given, **condition)
         t = seen["timestep"] * unit
         assert torch.equal(t[:B], t[B:]) and 1 < t.min() and t.max() <= 1000
-        if name == "SD3":
-            assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
         # The error of the winners by ε - x = (x_t - x) / σ, from what the transformer saw.
         sigma = (t[:B] / 1000).view(B, *[1] * (latents.ndim - 1))
         error = seen["out"][:B] - (seen["hidden_states"][:B] - latents) / sigma
         mse = error.square().mean().detach()
-        assert_close(names["metrics"]["winner_error"], mse, rtol=1e-3, atol=0)
-        assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
+        assert_close(metrics["winner_error"], mse, rtol=1e-3, atol=0)
+        assert metrics["margin"] == 0 and loss.requires_grad
 
 
 def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_reference():
@@ -979,7 +963,7 @@ def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_refere
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    pipe, code = pipeline(), snippets("README.md")[5]
+    pipe, code = pipeline(), snippets("README.md")[3]
     reference = pipe.unet
     policy = moved(reference)
     pipe.unet = copy.deepcopy(policy)
