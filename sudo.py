@@ -36,11 +36,13 @@ In any trainer of a diffusers UNet (README.md shows the same for a transformer):
     loss, metrics = sudo_loss(unet, reference, noise_scheduler, latents, encoder_hidden_states)
     loss.backward()
 
-Three choices differ from the official code on purpose; lab/README.md compares both line by line.
-No image is its own loser (S:1018-1027 leaves one per micro-batch in its place). `pair_weight` can
-switch the preference term off where the caption was dropped to "", since an empty caption favours
-neither image (S:354). Errors are fp32 for policy and reference alike, so that u is exactly 0 at the
-start (the official reference is in half precision, S:939, 1149).
+Three choices differ from the official code on purpose (lab/README.md lists all differences):
+
+1. No image is its own loser, while S:1018-1027 leaves one per micro-batch in its place on average.
+2. `pair_weight` can switch the preference term off where the caption was dropped to "", because an
+   empty caption favours neither image. The official code prefers the winner there too (S:354).
+3. Policy and reference run the same arithmetic with fp32 errors, so that u is exactly 0 at the
+   start. The official reference is in half precision (S:939, 1149).
 """
 
 import copy
@@ -237,7 +239,7 @@ def sudo_objective(
         winner_drift     mean e_w - r_w: below 0 where winners are learnt
         loser_drift      mean e_l - r_l
         margin *         u
-        implicit_acc *   share of u > 0, a tie counting one half
+        implicit_acc *   share of u > 0; a tie, u = 0, counts one half
         saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four digits
     """
     B = errors.numel() // 2

@@ -262,7 +262,7 @@ class Data(NamedTuple):
     files: list[Path]  # [N]
     latents: Tensor  # [N, C, h, w], clean and scaled; of blur and random_grid N losers follow
     picture: Tensor  # [N], the same number for the same picture
-    caption: Tensor  # [N], index into the conditions, of which the last, EMPTY, is that of ""
+    caption: Tensor  # [N], index into the conditions; the last one, EMPTY, belongs to ""
     conditions: dict  # of tensors [M + 1, ...]; SDXL's further ones under "added_cond_kwargs"
     num_timesteps: int  # T of the noise schedule
 

