@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -494,20 +495,19 @@ def encoders() -> float:
 
 def memory(batches: tuple[int, ...] = (1, 2, 4, 8)) -> None:
     """Tables of the memory that a step takes, and of the flags with which it fits a card."""
+    rows = list(product(("sd15", "sdxl"), (True, False), ARRANGEMENTS))
     lines = [["GB at the peak of a step, counted", *(f"--batch-size {B}" for B in batches)]]
     peaks = {}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = [
-            (model, flags, pool.map(partial(counted_peak, model, **arrangement, **more), batches))
-            for model in ("sd15", "sdxl")
-            for more in ({}, {"checkpointing": False})
-            for flags, arrangement in ARRANGEMENTS.items()
-        ]
-        for model, flags, counts in tqdm(rows, "counting"):
-            again = (model, flags) in peaks
-            peaks.setdefault((model, flags), counts := [*counts])
-            name = f"{model} `{flags}`{', no gradient checkpointing' if again else ''}"
-            lines.append([name, *(f"{peak:.1f}" for peak in counts)])
+        counting = []
+        for model, checkpointing, flags in rows:
+            given = ARRANGEMENTS[flags] | {"checkpointing": checkpointing}
+            counting.append(pool.map(partial(counted_peak, model, **given), batches))
+        for row, counts in zip(tqdm(rows, "counting"), counting):
+            model, checkpointing, flags = row
+            peaks[row] = [*counts]
+            name = f"{model} `{flags}`{'' if checkpointing else ', no gradient checkpointing'}"
+            lines.append([name, *(f"{peak:.1f}" for peak in peaks[row])])
     table(lines)
 
     lines = [["card", "sd15 at 512 x 512", "sdxl at 1024 x 1024"]]
@@ -518,7 +518,7 @@ def memory(batches: tuple[int, ...] = (1, 2, 4, 8)) -> None:
             fitting = [
                 f"`{flags} --batch-size {max(sizes)}`"
                 for flags in ARRANGEMENTS
-                if (sizes := [B for B, peak in zip(batches, peaks[model, flags]) if peak < room])
+                if (sizes := [B for B, GB in zip(batches, peaks[model, True, flags]) if GB < room])
             ]
             line.append(fitting[0] if fitting else "does not fit")
         lines.append(line)
