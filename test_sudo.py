@@ -175,7 +175,7 @@ def test_loss_gradients_and_metrics_are_those_of_the_equations(prediction_type, 
     mean = {name: sum(values) / B for name, values in errors.items()}
     counted = [ui for ui, w in zip(u, weight) if w]
     expected_metrics = {
-        "loss": float(expected),
+        "loss": float(expected.detach()),
         "dpo": sum(math.log(1 + math.exp(-ui)) for ui in counted) / len(counted),
         "winner_error": mean["w"],
         "loser_error": mean["l"],
@@ -489,16 +489,16 @@ NOT_QUITE = {"rel": 1e-3, "abs": 1e-4}  # another order of summation
 
 
 def test_the_main_job_raises_the_margin_and_leaves_a_pipeline(rows, tmp_path, capsys):
-    log = run(rows(64), tmp_path / "out", "--lr", 3e-4, "--beta", 100, steps=24, batch=16)
-    assert [row["step"] for row in log] == list(range(24))
+    log = run(rows(64), tmp_path / "out", "--lr", 2e-4, "--beta", 100, steps=32, batch=16)
+    assert [row["step"] for row in log] == list(range(32))
     assert log[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["margin"] == 0
-    assert log[0]["lr"] == pytest.approx(3e-4 / 6) and log[-1]["lr"] == pytest.approx(3e-4)
+    assert log[0]["lr"] == pytest.approx(2e-4 / 8) and log[-1]["lr"] == pytest.approx(2e-4)
     expected = "step lr grad_norm seconds loss dpo winner_error loser_error winner_drift "
     expected += "loser_drift margin implicit_acc saturated"
     assert all(row.keys() == set(expected.split()) for row in log)
-    for name, least in (("margin", 0.5), ("implicit_acc", 0.7)):
-        assert sum(row[name] for row in log[12:]) / 12 > least
-    assert sum(row["dpo"] for row in log[12:]) / 12 < 0.6
+    # About 100 pairs, so that chance alone would have to be off by two standard deviations.
+    last = {name: sum(row[name] for row in log[-8:]) / 8 for name in log[0]}
+    assert last["margin"] > 0.25 and last["implicit_acc"] > 0.6 and last["dpo"] < math.log(2)
 
     before = UNet2DConditionModel.from_pretrained(HERE / "lab" / "tiny-sd" / "unet").state_dict()
     after = weights(tmp_path / "out")
@@ -508,7 +508,7 @@ def test_the_main_job_raises_the_margin_and_leaves_a_pipeline(rows, tmp_path, ca
     assert first[0] != first[1] and all(len(set(c.get_flattened_data())) > 9 for c in first)
 
     opening, closing = capsys.readouterr().out.split("The pipeline is in ")
-    assert re.search(r"tiny-sd on 64 pictures, 24 steps of 16 pairs, lr 0.0003, β 100, ", opening)
+    assert re.search(r"tiny-sd on 64 pictures, 32 steps of 16 pairs, lr 0.0002, β 100, ", opening)
     assert opening.endswith("on 1 x cpu in fp32.\n")
     drawing = closing[closing.index("from diffusers") :].replace(".show()", "")
     exec(drawing.replace("pipe('", "picture = pipe('"), names := {})
