@@ -5,8 +5,9 @@ Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534, which names the
 Equations and tables are theirs. S:1065 is line 1065 of train.py in the official code,
 github.com/SPengLiang/SUDO at commit 4a41b91.
 
-Every training image is a winner x_w. Its loser x_l = Downgrade(x_w) is, by default, another image
-under the winner's caption c. Both get the same noise ε at the same timestep t. With the errors
+Every training image is a winner x_w. Its loser x_l = Downgrade(x_w), x_sl in the paper, is by
+default another image under the winner's caption c. Both get the same noise ε at the same timestep
+t. With the errors
 
     e_w, e_l   of the policy, the model in training:    e_w = mean (ε_θ(x_w^t, t, c) - ε)²
     r_w, r_l   of the reference, its frozen initial copy
@@ -17,8 +18,8 @@ the objective is
     L_dpo = mean( -log σ(u) )                                                              Eq. 8
     L     = λ1 · L_dpo + λ2 · mean(e_w)               β = 5000, λ1 = λ2 = 0.5              Eq. 9
 
-The paper writes one factor, C = -β/2 = -2500 (section 4.1); β, and means in the place of sums, are
-the official code's (S:1154, 1137).
+The paper writes squared norms and one factor, C = -2500 (section 4.1). That C is -β/2 with
+β = 5000, and that errors are means, is the official code's (S:1154, 1137).
 
 The paper's model is a UNet that predicts ε. A UNet or transformer that predicts something else has
 another target in e and r, and perhaps other coefficients in x^t = a x + b ε; all else is the same:
@@ -42,7 +43,8 @@ Three choices differ from the official code on purpose (lab/README.md lists all 
 2. `pair_weight` can switch the preference term off where the caption was dropped to "", because an
    empty caption favours neither image. The official code prefers the winner there too (S:354).
 3. Policy and reference run the same arithmetic with fp32 errors, so that u is exactly 0 at the
-   start. The official reference is in half precision (S:939, 1149).
+   start (if both are in eval mode, see `frozen_copy`). The official reference is in half precision
+   (S:939, 1149).
 """
 
 import copy
@@ -84,7 +86,8 @@ def blur(images: Tensor, factor: int = 4) -> Tensor:
 def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None = None) -> Tensor:
     """Cut each image into grid x grid cells and swap two of them, drawn anew for each (Table 3).
 
-    images: (B, C, H, W) pixels, as is the result. Raises ValueError unless grid divides H and W.
+    images: (B, C, H, W) pixels, as is the result. grid: at least 2. Raises ValueError unless it
+    divides H and W.
     """
     B, C, H, W = images.shape
     if H % grid or W % grid:
@@ -240,10 +243,11 @@ def sudo_objective(
         loser_drift      mean e_l - r_l
         margin *         u
         implicit_acc *   share of u > 0; a tie, u = 0, counts one half
-        saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four digits
+        saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four decimals
     """
-    B = errors.numel() // 2
-    _expect("errors", errors, (2 * B,))
+    if errors.ndim != 1 or len(errors) % 2:
+        raise ValueError(f"errors has shape {tuple(errors.shape)}, expected (2B,), winners first")
+    B = len(errors) // 2
     _expect("ref_errors", ref_errors, (2 * B,))
     weight = torch.ones_like(errors[:B]) if pair_weight is None else pair_weight.to(errors)
     _expect("pair_weight", weight, (B,))
@@ -313,7 +317,7 @@ def sudo_loss(
     if isinstance(reference, Tensor):
         ref_errors = reference.detach()
     else:
-        with torch.no_grad():  # before the policy, whose activations then have the memory alone
+        with torch.no_grad():  # first, so that its activations are freed before the policy's come
             ref_errors = denoising_error(reference, pairs, encoder_hidden_states, **unet_kwargs)
     errors = denoising_error(unet, pairs, encoder_hidden_states, **unet_kwargs)
     return sudo_objective(errors, ref_errors, beta, dpo_weight, mse_weight, pair_weight)

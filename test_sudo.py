@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are those of a CPU, wherever they run
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -528,10 +532,11 @@ def test_killed_accumulated_and_precomputed_runs_end_alike(rows, tmp_path, flags
     process = subprocess.Popen(cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline, log = time.time() + 120, tmp_path / "cut" / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < 5:
-        assert process.poll() is None and time.time() < deadline
+        if process.poll() is not None or time.time() > deadline:
+            break
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it should have been training"
     (tmp_path / "cut" / "checkpoint.unfinished").write_bytes(b"half")
     for _ in range(2):  # to go on from step 4 or later, then from the end
         resumed = run(data, tmp_path / "cut", *flags, "--resume", steps=10)
@@ -566,7 +571,6 @@ def test_two_processes_take_the_steps_of_one(rows, tmp_path):
 def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ(monkeypatch):
     N = 30
     data = train_tiny.Data(
-        files=[],
         latents=torch.zeros(N, 4, 2, 2),
         picture=torch.arange(N) // 2,  # every picture twice
         caption=torch.arange(N) % 3,  # and three captions in all
@@ -810,7 +814,7 @@ def test_other_mistakes_are_refused_before_anything_is_written(rows, tmp_path, c
     sample = shrunk_pipeline(tmp_path / "sample", prediction_type="sample")
     for flags, message in (
         (("--model", tmp_path), "No pipeline could be loaded"),
-        (("--model", sample), "epsilon- or v-prediction"),
+        (("--model", sample), "'sample'. What can be trained is a StableDiffusionPipeline or"),
         (("--resume",), "holds no checkpoint to resume"),
         (("--output", file), "is in use"),
         (("--output", file, "--resume"), "holds no checkpoint to resume"),
@@ -822,7 +826,7 @@ def test_other_mistakes_are_refused_before_anything_is_written(rows, tmp_path, c
         ("--beta", "nan", "must be above 0"),
         ("--steps", -1, "must be above 0"),
         ("--grad-accum", 0, "must be above 0"),
-        ("--checkpoint-every", 0, "at least one step"),
+        ("--checkpoint-every", 0, "must be above 0"),
         ("--caption-dropout", 1.5, "a share"),
         ("--stepz", 3, "unrecognized arguments"),
     ):
@@ -837,6 +841,11 @@ def test_a_run_in_the_output_is_neither_overwritten_nor_mixed_with_another(rows,
     run(data, output, steps=1)
     with pytest.raises(SystemExit, match="is in use"):
         run(data, output, steps=1)
+    cut = tmp_path / "cut"  # before its first checkpoint
+    cut.mkdir()
+    for name in ("metrics.jsonl", "checkpoint.unfinished", "samples-000001.png"):
+        (cut / name).touch()
+    assert len(run(data, cut, steps=1)) == 1
     for flag, value, message in (
         ("--seed", 1, "seed was 0 and is 1"),
         ("--beta", 5, "beta was 400.0 and is 5.0"),
@@ -909,17 +918,17 @@ def test_the_snippet_for_lora_also_on_several_processes(names, tmp_path):
     policy = copy.deepcopy(base).requires_grad_(False)
     policy.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     torch.manual_seed(3)
-    expected, _ = sudo.sudo_loss(
-        policy.eval(), base, names["noise_scheduler"], b.winners, b.conditions
-    )
+    given = names["noise_scheduler"], b.winners, b.conditions
+    expected, _ = sudo.sudo_loss(policy.eval(), base, *given)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         names["unet"] = DistributedDataParallel(policy)
-        torch.manual_seed(3)
         exec(snippets("README.md")[1], names)
-        assert_close(names["loss"], expected)
-        assert names["metrics"]["margin"] != 0
-        names["loss"].backward()
+        torch.manual_seed(3)
+        loss, metrics = sudo.sudo_loss(names["unet"], names["reference"], *given)
+        assert_close(loss, expected)
+        assert metrics["margin"] != 0
+        loss.backward()
     finally:
         dist.destroy_process_group()
     trained = {n.split(".")[-3] for n, p in policy.named_parameters() if p.grad is not None}
@@ -957,32 +966,43 @@ def test_the_snippet_for_transformers(names):
         assert metrics["margin"] == 0 and loss.requires_grad
 
 
-def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_reference():
-    def pipeline():
-        pipe = DiffusionPipeline.from_pretrained(HERE / "lab" / "tiny-sd")
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+@pytest.mark.parametrize("lora", [False, True], ids=["whole model", "LoRA"])
+def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_reference(
+    tmp_path, monkeypatch, lora
+):
+    monkeypatch.chdir(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(HERE / "lab" / "tiny-sd")
+    reference = copy.deepcopy(pipe.unet)
+    pipe.unet.save_pretrained("sft/unet")
+    if not lora:
+        pipe.unet = moved(reference)
+    pipe.save_pretrained("out")
+    draw = {"num_inference_steps": 1, "output_type": "latent"}
+    names = {"DiffusionPipeline": DiffusionPipeline, "torch": torch, "device": "cpu"}
+    names["UNet2DConditionModel"] = UNet2DConditionModel
+    loading, sampling = snippets("README.md")[3].split("policy = ", 1)
+    exec(loading, names)
+    if lora:
+        torch.manual_seed(5)
+        adapters = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        names["pipe"].unet.add_adapter(adapters)
+        off = "(pipe.unet.disable_adapters(), policy(empty, t, none, **kwargs)[0])[1]"
+        off += "; pipe.unet.enable_adapters()"
+        assert "reference(empty, t, none, **kwargs)[0]" in sampling
+        sampling = sampling.replace("reference(empty, t, none, **kwargs)[0]", off)
+    policy = copy.deepcopy(names["pipe"].unet)
 
-    pipe, code = pipeline(), snippets("README.md")[3]
-    reference = pipe.unet
-    policy = moved(reference)
-    pipe.unet = copy.deepcopy(policy)
-    draw = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 2.0}
-    names = {"pipe": pipe, "reference": reference, "torch": torch}
-    exec(code, names)
+    def latents(pipe, scale):
+        seed = torch.Generator().manual_seed(0)
+        return pipe("a red circle", generator=seed, guidance_scale=scale, **draw).images
 
-    def latents(pipe):
-        return pipe("a red circle", generator=torch.Generator().manual_seed(0), **draw).images
-
-    mixed = latents(pipe)
+    exec("policy = " + sampling, names)
+    mixed = latents(names["pipe"], 2.0)
     # One step of DDIM is linear in the prediction. Guidance 1 gives c and guidance 2 gives 2 c - u.
-    ordinary = pipeline()
     parts = {}
     for name, unet in (("policy", policy), ("reference", reference)):
-        ordinary.unet = unet
-        for scale in (1.0, 2.0):
-            draw["guidance_scale"] = scale
-            parts[name, scale] = latents(ordinary)
+        pipe.unet = unet
+        parts |= {(name, scale): latents(pipe, scale) for scale in (1.0, 2.0)}
     unconditional = 2 * parts["reference", 1.0] - parts["reference", 2.0]
     assert_close(mixed, 2 * parts["policy", 1.0] - unconditional, rtol=1e-3, atol=1e-3)
     assert (mixed - parts["policy", 2.0]).abs().max() > 0.01

@@ -5,7 +5,8 @@
 
 This trains Stable Diffusion 1.5 where there is a GPU, and the tiny model in lab/tiny-sd where there
 is none. The data has one line {"file_name": "picture.png", "text": "its caption"} per picture, with
-paths relative to the file. Any pipeline with a UNet and ε- or v-prediction can be trained.
+paths relative to the file. Any StableDiffusionPipeline or StableDiffusionXLPipeline with ε- or
+v-prediction can be trained.
 
 The file reads in the order in which a run happens:
 
@@ -18,7 +19,6 @@ The file reads in the order in which a run happens:
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -60,10 +60,12 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+SILENT = {"disable": True} if RANK > 0 else {}  # else TQDM_DISABLE decides
 
 WARMUP = 0.25  # share of the steps over which lr rises linearly
 MAX_GRAD_NORM = 1.0
-# These metrics of `sudo_objective` are means over the pairs with weight, the others over all.
+# These metrics of `sudo_objective` are means over the pairs with weight, the others over all pairs.
 WITH_WEIGHT = ("dpo", "margin", "implicit_acc", "saturated")
 EMPTY = -1  # index of the empty caption, the last of all
 PROMPTS = 8  # captions of the data that samples.png shows
@@ -90,8 +92,11 @@ SFT_LR = {"tiny": 3e-4, "sd15": 1e-5, "sdxl": 1e-5}
 GUIDANCE = {"tiny": 1.0, "sd15": 7.5, "sdxl": 5.0}  # of samples.png
 
 
+POSITIVE = {"steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every"}
+
+
 def flag(help: str, default=MISSING, **options):
-    """A field that is a flag of the command line; one without a default has the recipe's."""
+    """A field that is a flag of the command line; without a default it has the recipe's."""
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -110,12 +115,12 @@ class Config:
         "what makes a loser", "random_image", choices=("random_image", "blur", "random_grid")
     )
     steps: int = flag("updates of the weights")
-    batch_size: int = flag("pairs in a forward pass of one process")
-    grad_accum: int = flag("forward passes in a step")
+    batch_size: int = flag("pairs in a micro-batch of one process")
+    grad_accum: int = flag("micro-batches in a step")
     lr: float = flag("learning rate after the warm-up")
     lr_schedule: str = flag("linear falls to 0 at the end", choices=("constant", "linear"))
     optimizer: str = flag("adafactor takes less memory", "adamw", choices=("adamw", "adafactor"))
-    beta: float = flag("β of Eq. 8, to go with the size of the model's errors")
+    beta: float = flag("β, where C of Eq. 8 is -β/2; less for a model with larger errors")
     caption_dropout: float = flag('share of the captions replaced by ""', 0.2)
     seed: int = flag("of everything random", 0)
     precompute_reference: bool = flag("compute the reference's errors first: no second UNet", False)
@@ -131,11 +136,12 @@ def parse(argv: list[str] | None = None) -> Config:
     for f in fields(Config):
         if f.metadata:
             kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-            default = "" if f.default in (MISSING, False) else f" (default: {f.default})"
+            no_default = f.default is MISSING or f.default is False
+            default = "" if no_default else f" (default: {f.default})"
             kind |= {**f.metadata, "help": f.metadata["help"] + default}
             parser.add_argument("--" + f.name.replace("_", "-"), **kind)
     given = vars(parser.parse_args(argv))
-    for name in given.keys() & {"steps", "batch_size", "grad_accum", "lr", "beta"}:
+    for name in given.keys() & POSITIVE:
         if not 0 < given[name] < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {given[name]}")
 
@@ -148,27 +154,22 @@ def parse(argv: list[str] | None = None) -> Config:
     config = Config(**recipe | own | given)
     if not 0 <= config.caption_dropout <= 1:
         parser.error("--caption-dropout is a share, from 0 to 1")
-    if config.checkpoint_every < 1 or config.sample_every < 0:
-        parser.error("--checkpoint-every is at least one step and --sample-every at least 0")
     return config
 
 
 def family_of(model: str) -> str:
     """The recipe for a folder or a hub name, by its configuration files alone."""
-    unet = load(UNet2DConditionModel.load_config, model, subfolder="unet")
+    families = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+    kind = load(DiffusionPipeline.load_config, model)["_class_name"]
     scheduler = load(DDPMScheduler.load_config, model, subfolder="scheduler")
-    if (
-        unet["in_channels"] != unet["out_channels"]  # an inpainting model
-        or "beta_schedule" not in scheduler
-        or scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction")
-    ):
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if kind not in families or prediction_type not in ("epsilon", "v_prediction"):
         sys.exit(
-            f"{model} is no text-to-image pipeline like Stable Diffusion 1, 2 or XL "
-            "with epsilon- or v-prediction, and no other can be trained here."
+            f"{model} is a {kind} with prediction_type {prediction_type!r}. What can be trained is "
+            f"a {' or a '.join(families)} with 'epsilon' or 'v_prediction'."
         )
-    if unet["block_out_channels"] == [40, 80]:  # as that of lab/tiny-sd
-        return "tiny"
-    return "sdxl" if unet.get("addition_embed_type") == "text_time" else "sd15"
+    unet = load(UNet2DConditionModel.load_config, model, subfolder="unet")
+    return "tiny" if unet["block_out_channels"] == [40, 80] else families[kind]
 
 
 def load(from_model: Callable, model: str, **options):
@@ -259,49 +260,40 @@ def load_picture(file: Path, size: int) -> Tensor:
 class Data(NamedTuple):
     """Everything the steps read, on the CPU and in fp16: N rows with M different captions."""
 
-    files: list[Path]  # [N]
     latents: Tensor  # [N, C, h, w], clean and scaled; of blur and random_grid N losers follow
     picture: Tensor  # [N], the same number for the same picture
     caption: Tensor  # [N], index into the conditions; the last one, EMPTY, belongs to ""
     conditions: dict  # of tensors [M + 1, ...]; SDXL's further ones under "added_cond_kwargs"
     num_timesteps: int  # T of the noise schedule
-
-
-def move_encoders(pipe: DiffusionPipeline, device: torch.device | str) -> None:
-    for name, module in pipe.components.items():
-        if name != "unet" and isinstance(module, torch.nn.Module):
-            module.to(device)
+    reference: Tensor | None = None  # errors from `reference_errors`, with --precompute-reference
 
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> Data:
     """Each picture through the VAE, each caption through the text encoders, once and for all."""
-    move_encoders(pipe, DEVICE)
+    pipe.to(DEVICE)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    at_once = 8 if size <= 512 else 1
+    at_once = 4 if size <= 512 else 1
     swap = partial(sudo.random_grid, generator=generator(config.seed, "swaps"))
     # Without one of these, the loser is another row.
     downgrade = {"blur": sudo.blur, "random_grid": swap}.get(config.downgrade)
 
     def to_latents(pixels: Tensor) -> Tensor:
-        # SDXL's VAE overflows in fp16.
-        with nullcontext() if config.family == "sdxl" else half_precision(torch.float16):
-            posterior = pipe.vae.encode(pixels.to(DEVICE)).latent_dist
+        posterior = pipe.vae.encode(pixels.to(DEVICE)).latent_dist
         return (posterior.mode() * pipe.vae.config.scaling_factor).half().cpu()
 
     winners, losers, prompts = [], [], []
-    for i in progress(range(0, len(rows), at_once), "encoding pictures"):
+    for i in tqdm(range(0, len(rows), at_once), "encoding pictures", **SILENT):
         pixels = torch.stack([load_picture(row.file, size) for row in rows[i : i + at_once]])
         winners.append(to_latents(pixels))
         if downgrade:
             losers.append(to_latents(downgrade(pixels)))
     texts = [*dict.fromkeys(row.text for row in rows if row.text), ""]
     one_each = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    for i in progress(range(0, len(texts), 32), "encoding captions"):
-        with half_precision(torch.float16):
-            prompt = pipe.encode_prompt(texts[i : i + 32], device=DEVICE, **one_each)
+    for i in tqdm(range(0, len(texts), 32), "encoding captions", **SILENT):
+        prompt = pipe.encode_prompt(texts[i : i + 32], device=DEVICE, **one_each)
         prompts.append([part.half().cpu() for part in prompt if part is not None])
-    move_encoders(pipe, "cpu")
+    pipe.to("cpu")
 
     words, *pooled = (torch.cat(parts) for parts in zip(*prompts))
     conditions = {"encoder_hidden_states": words}
@@ -310,18 +302,12 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> Data:
         conditions["added_cond_kwargs"] = {"text_embeds": pooled[0], "time_ids": time_ids}
     picture, caption = {}, {text: i for i, text in enumerate(texts)} | {"": EMPTY}
     return Data(
-        files=[row.file for row in rows],
         latents=torch.cat(winners + losers),
         picture=torch.tensor([picture.setdefault(row.digest, len(picture)) for row in rows]),
         caption=torch.tensor([caption[row.text] for row in rows]),
         conditions=conditions,
         num_timesteps=pipe.scheduler.config.num_train_timesteps,
     )
-
-
-def progress(steps: Iterable, name: str, **options) -> tqdm:
-    silent = {"disable": True} if RANK > 0 else {}  # else TQDM_DISABLE decides
-    return tqdm(steps, name, **silent, **options)
 
 
 # ------------------------------------------- 3. the randomness of a step
@@ -339,12 +325,9 @@ def draw(data: Data, config: Config, step: int) -> tuple[Tensor, ...]:
     in epochs, shuffled: each of them once before any comes again.
     """
     N, G = len(data.picture), config.batch_size * config.grad_accum * WORLD
-    places = range(step * G, (step + 1) * G)
-    order = {
-        epoch: torch.randperm(N, generator=generator(config.seed, "epoch", epoch))
-        for epoch in {place // N for place in places}
-    }
-    rows = torch.stack([order[place // N][place % N] for place in places])
+    epochs = range(step * G // N, ((step + 1) * G - 1) // N + 1)  # those that the step reaches into
+    orders = [torch.randperm(N, generator=generator(config.seed, "epoch", e)) for e in epochs]
+    rows = torch.cat(orders)[step * G - epochs[0] * N :][:G]
 
     random = generator(config.seed, "step", step)
     timesteps = torch.randint(data.num_timesteps, (G,), generator=random)
@@ -369,7 +352,7 @@ def micro_batches(data: Data, config: Config, step: int) -> Iterator[dict]:
     for k in range(config.grad_accum):
         first = (k * WORLD + RANK) * config.batch_size
         mine = slice(first, first + config.batch_size)
-        yield {
+        batch = {
             "latents": pick(rows[mine], data.latents),
             "losers": pick(losers[mine], data.latents),
             "noise": pick(mine, noise),
@@ -377,6 +360,9 @@ def micro_batches(data: Data, config: Config, step: int) -> Iterator[dict]:
             "pair_weight": pick(mine, pair_weight),
             **pick(captions[mine], data.conditions),
         }
+        if data.reference is not None:
+            batch["reference"] = data.reference[step, k * WORLD + RANK]
+        yield batch
 
 
 def pick(rows: Tensor | slice, values: Tensor | dict) -> Tensor | dict:
@@ -391,17 +377,12 @@ def pick(rows: Tensor | slice, values: Tensor | dict) -> Tensor | dict:
 # ------------------------------------------- 4. the loss and the loop
 
 
-def has_bf16() -> bool:
-    return DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def half_precision() -> torch.autocast:
+    """bf16 autocast on a GPU whose hardware has it, nothing elsewhere; the weights stay fp32.
 
-
-def half_precision(dtype: torch.dtype = torch.bfloat16):
-    """Autocast on a GPU whose hardware has the dtype, nothing elsewhere; the weights stay fp32.
-
-    A pass uses each weight once, so a cache of the cast weights would only hold memory.
+    A pass casts each weight where it uses it; a cache would hold bf16 copies of all of them.
     """
-    has_it = DEVICE.type == "cuda" if dtype is torch.float16 else has_bf16()
-    return torch.autocast(DEVICE.type, dtype, cache_enabled=False) if has_it else nullcontext()
+    return torch.autocast(DEVICE.type, torch.bfloat16, BF16, cache_enabled=False)
 
 
 def sft_loss(unet, scheduler, latents, noise, timesteps, losers, pair_weight, **conditions):
@@ -420,38 +401,30 @@ def pair_errors(unet, scheduler, latents, losers, noise, timesteps, pair_weight=
         return sudo.denoising_error(unet, pairs, **conditions)
 
 
-def reference_errors(unet, scheduler, batches: Callable, config: Config) -> Tensor:
-    """The errors of each forward pass of the run, of all processes: [steps, passes, 2B]."""
+def reference_errors(unet, scheduler, data: Data, config: Config) -> Tensor:
+    """The errors in each micro-batch of the run, of all processes: [steps, micro-batches, 2B]."""
     shape = config.steps, config.grad_accum * WORLD, 2 * config.batch_size
     errors = torch.zeros(shape, device=DEVICE)
-    for step in progress(range(config.steps), "reference errors"):
-        for k, batch in enumerate(batches(step)):
+    for step in tqdm(range(config.steps), "reference errors", **SILENT):
+        for k, batch in enumerate(micro_batches(data, config, step)):
             errors[step, k * WORLD + RANK] = pair_errors(unet, scheduler, **batch)
     if WORLD > 1:
         dist.all_reduce(errors)  # each process left the entries of the others at 0
     return errors
 
 
-def with_reference(batches: Callable, errors: Tensor, step: int) -> Iterator[dict]:
-    for k, batch in enumerate(batches(step)):
-        yield batch | {"reference": errors[step, k * WORLD + RANK]}
-
-
 def prepare(pipe: DiffusionPipeline, config: Config):
-    """The UNet to train, its noise schedule and its optimizer, on the device."""
+    """The UNet to train, on the device, and its optimizer."""
     # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
     unet = pipe.unet.to(DEVICE, memory_format=torch.channels_last).eval()
     if config.family != "tiny":  # which is faster without, and has the memory
         unet.enable_gradient_checkpointing()
-    # On the device once, not anew in every pass; a copy, since samplers want theirs on the CPU.
-    scheduler = copy.copy(pipe.scheduler)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(DEVICE)
     if config.optimizer == "adafactor":
         fixed_lr = {"scale_parameter": False, "relative_step": False}
         optimizer = Adafactor(unet.parameters(), config.lr, weight_decay=1e-2, **fixed_lr)
     else:
         optimizer = torch.optim.AdamW(unet.parameters(), config.lr, weight_decay=1e-2, fused=True)
-    return unet, scheduler, optimizer
+    return unet, optimizer
 
 
 def lr_factor(step: int, steps: int, schedule: str) -> float:
@@ -469,7 +442,9 @@ def train(
     loss_fn(policy, **batch) returns (loss, metrics), as `sudo_loss` does. batches(step) yields this
     process's micro-batches. Raises FloatingPointError before an update that is not finite.
     """
-    policy = DistributedDataParallel(unet) if WORLD > 1 else unet
+    # Views, so that the buckets of gradients are no second copy of them.
+    views = {"gradient_as_bucket_view": True}
+    policy = DistributedDataParallel(unet, **views) if WORLD > 1 else unet
     for step in range(start, config.steps):
         began, sums = time.perf_counter(), 0
         for k, batch in enumerate(batches(step)):
@@ -512,10 +487,11 @@ def check_output(output: Path, resume: bool) -> None:
     """Exit if --output cannot take the run, before anything slow starts."""
     if resume and not (output / "checkpoint.pt").exists():
         sys.exit(f"{output} holds no checkpoint to resume: leave out --resume to begin a run.")
-    # A run that ended before its first checkpoint gives way to the next.
-    remains = {"metrics.jsonl", "checkpoint.unfinished"}
     if not resume and output.exists():
-        if not output.is_dir() or {file.name for file in output.iterdir()} - remains:
+        # A run that ended before its first checkpoint gives way to the next.
+        remains = {"metrics.jsonl", "checkpoint.unfinished"}
+        names = {file.name for file in output.iterdir()} if output.is_dir() else {"a file"}
+        if {name for name in names - remains if not name.startswith("samples-")}:
             sys.exit(f"{output} is in use: name a new --output, or --resume the run in it.")
 
 
@@ -558,15 +534,15 @@ def load_checkpoint(output: Path, run: dict) -> dict:
 
 @torch.no_grad()
 def sample(pipe: DiffusionPipeline, prompts: list[str], config: Config) -> list[Image.Image]:
-    """A picture for each prompt from fixed seeds; leaves VAE and text encoders on the CPU."""
+    """A picture for each prompt from fixed seeds; leaves all but the UNet on the CPU."""
     pipe.to(DEVICE).set_progress_bar_config(desc="sampling", leave=False)
     options = {"guidance_scale": GUIDANCE[config.family], "num_inference_steps": SAMPLING_STEPS}
     pictures = []
     for i, prompt in enumerate(prompts):
-        seed = torch.Generator().manual_seed(config.seed + i)
+        rng = torch.Generator().manual_seed(config.seed + i)
         with half_precision():
-            pictures += pipe(prompt, generator=seed, **options).images
-    move_encoders(pipe, "cpu")
+            pictures += pipe(prompt, generator=rng, **options).images
+    pipe.to("cpu").unet.to(DEVICE)
     return pictures
 
 
@@ -589,14 +565,16 @@ def announce(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> None:
     """What is trained on what and how, in one line, and what the user may not expect."""
     pairs = config.batch_size * config.grad_accum * WORLD
     slow = "fp32, which takes at least twice the time and more memory: this GPU has no bf16"
-    precision = "bf16" if has_bf16() else slow if DEVICE.type == "cuda" else "fp32"
+    precision = "bf16" if BF16 else slow if DEVICE.type == "cuda" else "fp32"
     print(
         f"{config.loss}: {config.model} on {len(rows)} pictures, {config.steps} steps of {pairs} "
         f"pairs, lr {config.lr:g}, β {config.beta:g}, on {WORLD} x {DEVICE.type} in {precision}."
     )
+    if config.family != "tiny":
+        return
     # Each word of its own world is one token to the tiny model.
     new = [row for row in rows if len(pipe.tokenizer.tokenize(row.text)) > len(row.text.split())]
-    if config.family == "tiny" and new:
+    if new:
         print(
             "The tiny model is a demonstration on its own small world of coloured shapes, and "
             f"{len(new)} of the captions have words that it has never seen. For pictures of your "
@@ -635,18 +613,18 @@ def run(config: Config) -> None:
     prompts = list(dict.fromkeys(row.text for row in rows))[:PROMPTS]
     before = sample(pipe, prompts, config) if RANK == 0 else []
 
-    unet, scheduler, optimizer = prepare(pipe, config)
-    batches, errors = partial(micro_batches, data, config), saved.get("reference_errors")
+    unet, optimizer = prepare(pipe, config)
     if config.loss == "sft":
-        loss_fn = partial(sft_loss, scheduler=scheduler)
+        loss_fn = partial(sft_loss, scheduler=pipe.scheduler)
     else:
-        loss_fn = partial(sudo.sudo_loss, scheduler=scheduler, beta=config.beta)
+        loss_fn = partial(sudo.sudo_loss, scheduler=pipe.scheduler, beta=config.beta)
         if not config.precompute_reference:
             loss_fn = partial(loss_fn, reference=sudo.frozen_copy(unet))
-        elif errors is None:
-            errors = reference_errors(unet, scheduler, batches, config)
-    if errors is not None:
-        batches = partial(with_reference, batches, errors.to(DEVICE))
+        elif saved:
+            data = data._replace(reference=saved["reference_errors"].to(DEVICE))
+        else:
+            errors = reference_errors(unet, pipe.scheduler, data, config)
+            data = data._replace(reference=errors)
 
     done, log, history = saved.get("step", 0), output / "metrics.jsonl", []
     if saved:
@@ -656,8 +634,8 @@ def run(config: Config) -> None:
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(history))
-    steps = train(unet, optimizer, loss_fn, batches, config, done)
-    bar = progress(steps, config.loss, initial=done, total=config.steps)
+    steps = train(unet, optimizer, loss_fn, partial(micro_batches, data, config), config, done)
+    bar = tqdm(steps, config.loss, initial=done, total=config.steps, **SILENT)
     try:
         for metrics in bar:
             done = metrics["step"] + 1
@@ -668,18 +646,18 @@ def run(config: Config) -> None:
             shown = metrics.keys() & {"loss", "margin", "implicit_acc"}
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in sorted(shown)})
             if done % config.checkpoint_every == 0 or done == config.steps:
-                weights, moments = unet.state_dict(), optimizer.state_dict()
-                state = {"unet": weights, "optimizer": moments, "reference_errors": errors}
-                save_checkpoint(output, run=this, step=done, **state)
+                state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"reference_errors": data.reference, "step": done, "run": this}
+                save_checkpoint(output, **state)
             if config.sample_every and done % config.sample_every == 0 and done < config.steps:
                 pictures = sheet(prompts, before=before, now=sample(pipe, prompts, config))
                 pictures.save(output / f"samples-{done:06d}.png")
     except FloatingPointError as error:
-        names = ", ".join(data.files[row].name for row in draw(data, config, done)[0][:8])
+        names = ", ".join(rows[row].file.name for row in draw(data, config, done)[0][:8])
         sys.exit(
             f"Stopped before the update of step {done}: {error}. Its first pictures: {names}. If "
-            "they are in order, begin a new --output with a lower --lr; the last checkpoint in "
-            f"{output} is whole."
+            "they are in order, begin a new --output with a lower --lr. A checkpoint that "
+            f"{output} may hold is from before and whole."
         )
     if RANK == 0:
         pictures = sheet(prompts, before=before, after=sample(pipe, prompts, config))

@@ -49,6 +49,7 @@ RESULTS = LAB / "results.json"
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0)
 TINY = train_tiny.TINY
 VALIDATION_SEEDS = (100, 101)
+SEEDS = range(10)  # of the main rows on the test captions; the rest and other bases have half
 SHOWN = 8  # test captions whose samples the pictures show
 
 
@@ -100,7 +101,11 @@ class Method:
 
     @property
     def passes(self) -> float:
-        """UNet passes for each winner of 300 steps; a backward pass counts as two."""
+        """Cost in forward passes of the UNet per pair, in units of 300 steps.
+
+        SUDO costs 8: forward and backward passes of winner and loser, a backward pass counting as
+        two, and the reference's forward passes. SFT costs 3.
+        """
         own = 3 if self.loss == "sft" else 3 + 5 / self.every
         return (own * self.steps + 3 * self.sft_first) / 300
 
@@ -151,8 +156,8 @@ TRIED = [
 
 def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method) -> None:
     """The trainer's own loop, with what the method changes."""
-    unet, scheduler, optimizer = train_tiny.prepare(pipe, config)
-    sft_loss = partial(train_tiny.sft_loss, scheduler=scheduler)
+    unet, optimizer = train_tiny.prepare(pipe, config)
+    sft_loss = partial(train_tiny.sft_loss, scheduler=pipe.scheduler)
     batches = partial(train_tiny.micro_batches, data, config)
     if method.loss == "sft":
         for _ in train_tiny.train(unet, optimizer, sft_loss, batches, config):
@@ -172,7 +177,7 @@ def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method
         if mse_alone:
             loss, metrics = sft_loss(policy, **batch)
             return 0.5 * loss, metrics  # λ2
-        return sudo.sudo_loss(policy, scheduler=scheduler, **preference, **batch)
+        return sudo.sudo_loss(policy, scheduler=pipe.scheduler, **preference, **batch)
 
     for _ in train_tiny.train(unet, optimizer, loss_fn, changed, config):
         pass
@@ -214,7 +219,7 @@ def drift(pipe, reference, split: str) -> dict:
     """How the errors on held-out pairs differ from the reference's, over four draws of t and ε."""
     texts, rng = world.captions(split), random.Random(0)
     scenes = [world.draw(world.place(text, rng)) for text in texts]
-    pixels = pipe.image_processor.preprocess(scenes)
+    pixels = pipe.image_processor.preprocess(scenes).to(pipe.device)
     latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     words, _ = pipe.encode_prompt(texts, pipe.device, 1, False)
     generator = train_tiny.generator("held out")
@@ -257,11 +262,10 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
     if method.sft_first:
         first = replace(config, loss="sft", beta=0.0, steps=method.sft_first)
         after_sft(pipe, data, replace(first, lr=sft_lr, lr_schedule="linear"))
-    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.to(train_tiny.DEVICE).unet.to(memory_format=torch.channels_last)
     reference = sudo.frozen_copy(pipe.unet)
     train(pipe, data, config, method)
 
-    pipe.to(train_tiny.DEVICE)
     result = {}
     for guidance in GUIDANCES:
         judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
@@ -384,11 +388,15 @@ def choice(method: Method, results: dict) -> Choice:
 # ------------------------------------------- tables and pictures
 
 
+# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom.
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
     """The mean, and half of its 95 % interval by Student's t."""
     if len(values) < 2:
         return values[0], float("nan")
-    t = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values), 10) - 2]
+    t = T_95[len(values) - 2]
     return fmean(values), t * stdev(values) / len(values) ** 0.5
 
 
@@ -415,23 +423,29 @@ class Row(NamedTuple):
 
 def row_of(method: Method, results: dict, model: str = "") -> Row:
     chosen = choice(method, results)
-    keys = {s: key(model or TINY, method, "test", chosen.lr, chosen.beta, s) for s in range(10)}
+    keys = {s: key(model or TINY, method, "test", chosen.lr, chosen.beta, s) for s in SEEDS}
     return Row(method, chosen, {s: results[k] for s, k in keys.items() if k in results})
 
 
+def setting(lr: float, beta: float) -> str:
+    return f"{lr:g}, {beta:g}" if beta else f"{lr:g}" if lr else ""
+
+
 def at(row: Row, name: str) -> str:
-    return f"{shown(row.whole(name))} at {name.removesuffix(' ref')}" if name else ""
+    return f"{shown(row.whole(name))} at scale {name.removesuffix(' ref')}" if name else ""
 
 
 def tables(results: dict) -> None:
     """Print what README.md and lab/README.md show: means over the seeds and 95 % intervals."""
     rows = {m.name: row_of(m, results) for m in MAIN + REST if has_cells(m, results)}
-    short = [["whole matches, test captions", "passes", "guidance 1", "own best"]]
-    short[0].append("own best, reference's unconditional branch")
+    if not {method.name for method in HEADLINES} <= rows.keys():
+        sys.exit("lab/results.json lacks the main rows: run `python lab/compare.py` first.")
+    short = [["whole matches, test captions", "without guidance", "with guidance"]]
+    short[0].append("with the reference's unconditional branch")
     for method in HEADLINES:
         row = rows[method.name]
-        line = [method.name, f"{row.method.passes:.2g}", shown(row.whole("1"))]
-        short.append([*line, at(row, row.choice.guidance), at(row, row.choice.with_reference)])
+        line = [method.name, shown(row.whole("1")), at(row, row.choice.guidance)]
+        short.append([*line, at(row, row.choice.with_reference)])
     table(short)
 
     differences = [["whole matches, paired by seed", "seeds", "guidance 1", "each at its own best"]]
@@ -459,7 +473,7 @@ def tables(results: dict) -> None:
     more[0].append("spread of places, sizes at guidance 1")
     for name, row in rows.items():
         lr, beta, _, with_reference = row.choice
-        line = [name, str(len(row.cells)), f"{lr:g}, {beta:g}" if beta else f"{lr:g}"]
+        line = [name, str(len(row.cells)), setting(lr, beta)]
         line += [shown(row.whole(guidance)) for guidance in names]
         whole.append([*line, at(row, with_reference)])
         cells = row.cells.values()
@@ -476,13 +490,15 @@ def tables(results: dict) -> None:
     table(whole)
     table([*more, ["(the world's own scenes)", "", "", "", own]])
 
-    sweeps = [["validation, mean of the seeds: whole matches", "lr, β", *names]]
+    sweeps = [["whole matches, validation captions", "lr, β"]]
+    sweeps[0] += [f"guidance {name}" for name in names]
     for method in MAIN + REST + TRIED:
         for lr, beta in () if method.same_as else method.grid:
             keys = [key(TINY, method, "validation", lr, beta, seed) for seed in VALIDATION_SEEDS]
             if all(k in results for k in keys):
                 values = [fmean(results[k][name][0] for k in keys) for name in names]
-                sweeps.append([method.name, f"{lr:g}, {beta:g}", *(f"{v:.2f}" for v in values)])
+                settings = setting(lr, beta)
+                sweeps.append([method.name, settings, *(f"{v:.2f}" for v in values)])
     table(sweeps)
     base = results[key(TINY, BASE, "validation", 0.0, 0.0, 100)]["typical_difference"]
     print(f"Base model: median |e_w - e_l| {base:.4f}, one unit of u at β = {2 / base:.0f}")
@@ -495,44 +511,74 @@ def has_cells(method: Method, results: dict, model: str = "") -> bool:
         return False
 
 
-def pictures(results: dict) -> None:
-    """lab/compare.png: matches against guidance; lab/before-after.png: samples of the recipe."""
+def show(grid: list[list[Image.Image]], names: list[str], texts: list[str]):
+    """Rows of pictures, a name beside each row and the captions on top, as a figure.
+
+    A picture that does not match its caption has a red frame.
+    """
     import matplotlib.pyplot as plt
 
-    canvas, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    lines = [(row_of(m, results), "") for m in HEADLINES]
-    for row, suffix in [*lines, (row_of(THEN, results), " ref")]:
-        names = [f"{g:g}{suffix}" for g in GUIDANCES if not suffix or g > 1]
-        means, halves = zip(*(mean_and_interval(row.whole(name)) for name in names))
-        label = row.method.name + (", unconditional branch of the reference" if suffix else "")
-        style = {"fmt": "--" if suffix else "-", "marker": "o", "ms": 4, "capsize": 3}
-        axes.errorbar(GUIDANCES[-len(names) :], means, halves, label=label, **style)
-    axes.set_xlabel("guidance scale")
-    axes.set_ylabel("share of whole matches, test captions")
-    axes.legend(frameon=False, fontsize=9)
-    canvas.savefig(LAB / "compare.png", dpi=120)
+    size = 1.7 * len(texts), 1.6 * len(grid) + 0.4
+    figure, axes = plt.subplots(len(grid), len(texts), figsize=size, squeeze=False)
+    for row, pictures in enumerate(grid):
+        axes[row, 0].set_ylabel(names[row], rotation=0, ha="right", va="center")
+        for axis, picture, text in zip(axes[row], pictures, texts):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+            if not world.score(picture, text)[0]:
+                axis.spines[:].set(color="red", linewidth=3)
+    for axis, text in zip(axes[0], texts):
+        lines = text.replace(" left of ", "\nleft of ").replace(" on a ", "\non a ")
+        axis.set_title(lines, fontsize=8)
+    figure.tight_layout(pad=0.3, w_pad=0.8, h_pad=0.8)
+    return figure
 
-    names = {"base": BASE, "SFT": FALLING, "SFT, then SUDO": THEN}
-    strips = {}
-    for name, method in names.items():
-        png = row_of(method, results).cells[0]["samples"]
-        strip = Image.open(io.BytesIO(base64.b64decode(png)))
+
+def before_and_after(results: dict):
+    """What seed 0 of the recipe drew without guidance for the first of the test captions."""
+    rows = {"base": BASE, "SFT": FALLING, "SFT,\nthen SUDO": THEN}
+    grid = []
+    for method in rows.values():
+        png = base64.b64decode(row_of(method, results).cells[0]["samples"])
+        strip = Image.open(io.BytesIO(png))
         side = strip.height
-        strips[name] = [strip.crop((x * side, 0, (x + 1) * side, side)) for x in range(SHOWN)]
-    train_tiny.sheet(world.captions("test")[:SHOWN], **strips).save(LAB / "before-after.png")
+        grid.append([strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)])
+    return show(grid, list(rows), world.captions("test")[:SHOWN])
+
+
+def curves(results: dict):
+    """Whole matches against the guidance scale, with 95 % intervals, as a figure."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for i, (method, colour) in enumerate(zip(HEADLINES, ("0.5", "#0072b2", "#e69f00", "#d55e00"))):
+        row = row_of(method, results)
+        for suffix, style in (("", "o-"), (" ref", "o--")):
+            scales = [g for g in GUIDANCES if f"{g:g}{suffix}" in row.cells[0]]
+            if not scales:
+                continue
+            matches = [mean_and_interval(row.whole(f"{g:g}{suffix}")) for g in scales]
+            means, halves = zip(*matches)
+            beside = [scale + 0.02 * i for scale in scales]  # so that no bar hides another
+            label = method.name + (", unconditional branch of the reference" if suffix else "")
+            bars = {"fmt": style, "ms": 4, "capsize": 3, "color": colour, "label": label}
+            axis.errorbar(beside, means, halves, **bars)
+    axis.set_xlabel("guidance scale (1: without guidance)")
+    axis.set_ylabel("share of whole matches, test captions")
+    axis.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=10, help="of the main rows; the rest: half")
     parser.add_argument("--base", nargs="*", default=[], help="folders of further base models")
     parser.add_argument("--tables", action="store_true", help="train nothing")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not args.tables:
-        few = args.seeds // 2
+        few = len(SEEDS) // 2
         run(sweep(BASE) + sweep(FALLING), results, "choosing the lr of SFT")
-        for methods, seeds in ((HEADLINES, few), (MAIN, args.seeds), (REST, few)):
+        for methods, seeds in ((HEADLINES, few), (MAIN, len(SEEDS)), (REST, few)):
             own = [method for method in methods if not method.same_as]
             first = [method for method in own if not method.sft_first]
             run([job for method in first for job in sweep(method)], results, "choosing")
@@ -543,7 +589,8 @@ def main() -> None:
             run(headline, results, f"comparing on {model}")
         run([job for method in TRIED for job in sweep(method)], results, "trying")
     tables(results)
-    pictures(results)
+    curves(results).savefig(LAB / "compare.png", dpi=120)
+    before_and_after(results).savefig(LAB / "before-after.png", dpi=120)
 
 
 if __name__ == "__main__":
