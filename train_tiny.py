@@ -90,8 +90,6 @@ RECIPES = {
 # Plain fine-tuning wants a larger lr, which falls to 0; SUDO's is constant, as in the paper.
 SFT_LR = {"tiny": 3e-4, "sd15": 1e-5, "sdxl": 1e-5}
 GUIDANCE = {"tiny": 1.0, "sd15": 7.5, "sdxl": 5.0}  # of samples.png
-
-
 POSITIVE = {"steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every"}
 
 
@@ -345,7 +343,7 @@ def draw(data: Data, config: Config, step: int) -> tuple[Tensor, ...]:
 
 
 def micro_batches(data: Data, config: Config, step: int) -> Iterator[dict]:
-    """What this process passes to the loss, by name, for each forward pass of a step."""
+    """What this process passes to the loss, by name, for each micro-batch of a step."""
     rows, losers, captions, timesteps, noise = draw(data, config, step)
     # An empty caption favours neither image: there is nothing to prefer.
     pair_weight = (captions != EMPTY).float()
@@ -489,9 +487,8 @@ def check_output(output: Path, resume: bool) -> None:
         sys.exit(f"{output} holds no checkpoint to resume: leave out --resume to begin a run.")
     if not resume and output.exists():
         # A run that ended before its first checkpoint gives way to the next.
-        remains = {"metrics.jsonl", "checkpoint.unfinished"}
-        names = {file.name for file in output.iterdir()} if output.is_dir() else {"a file"}
-        if {name for name in names - remains if not name.startswith("samples-")}:
+        remains = "metrics.jsonl", "checkpoint.unfinished", "samples-"
+        if not output.is_dir() or not all(f.name.startswith(remains) for f in output.iterdir()):
             sys.exit(f"{output} is in use: name a new --output, or --resume the run in it.")
 
 
