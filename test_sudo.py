@@ -556,11 +556,14 @@ def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ(monkeypat
     assert torch.equal(captions[~dropped], data.caption[rows][~dropped])
     assert 0.17 < dropped.float().mean() < 0.33
 
-    first, _ = train_tiny.micro_batches(data, config, 3)
-    captions = draws[3][2][:5]
-    assert torch.equal(first["pair_weight"], (captions != train_tiny.EMPTY).float())
-    words = first["encoder_hidden_states"].flatten().long()
-    assert torch.equal(words, captions % 4), 'the last condition is that of ""'
+    first = [next(train_tiny.micro_batches(data, config, step)) for step in range(30)]
+    weight, words = (
+        torch.cat([part[name] for part in first])
+        for name in ("pair_weight", "encoder_hidden_states")
+    )
+    captions = torch.cat([draw[2][:5] for draw in draws])
+    assert torch.equal(weight, (captions != train_tiny.EMPTY).float())
+    assert torch.equal(words.flatten().long(), captions % 4), 'the last condition is that of ""'
 
 
 @pytest.mark.parametrize("downgrade", ["blur", "random_grid"])
