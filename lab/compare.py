@@ -4,7 +4,7 @@
     python lab/compare.py --tables  # the tables alone, from lab/results.json
 
 Every method fine-tunes lab/tiny-sd on captions.jsonl by the trainer's own loop, and the world's
-exact judge counts what its samples show. The lr and β of each method are chosen from a grid of the
+judge counts what its samples show. The lr and β of each method are chosen from a grid of the
 same size on the validation captions, with two seeds; then the method is trained from several seeds
 and judged on two drawings of every test caption. For one seed all methods on the same pictures see
 the same rows, noise, timesteps and dropped captions in the same order, and are judged from the same
@@ -100,16 +100,6 @@ class Method:
     same_as: str = ""  # the method whose lr and β this one takes over
 
     @property
-    def passes(self) -> float:
-        """Cost in forward passes of the UNet per pair, in units of 300 steps.
-
-        SUDO costs 8: forward and backward passes of winner and loser, a backward pass counting as
-        two, and the reference's forward passes. SFT costs 3.
-        """
-        own = 3 if self.loss == "sft" else 3 + 5 / self.every
-        return (own * self.steps + 3 * self.sft_first) / 300
-
-    @property
     def grid(self) -> list[tuple[float, float]]:
         """(lr, β) to choose from: four of each method."""
         if self.loss == "sft":
@@ -118,36 +108,49 @@ class Method:
 
 
 BASE = Method("base model", loss="sft", steps=0)
-FALLING = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
-OURS = Method("SUDO")
-THEN = Method("SFT, then SUDO", steps=150, sft_first=400)
+SFT = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
+SUDO = Method("SUDO")
+SFT_THEN_SUDO = Method("SFT, then SUDO", steps=150, sft_first=400)
 SFT_BY_ADAFACTOR = replace(
-    FALLING, name="SFT, by Adafactor", settings={"lr_schedule": "linear", "optimizer": "adafactor"}
+    SFT, name="SFT, by Adafactor", settings={"lr_schedule": "linear", "optimizer": "adafactor"}
 )
 MAIN = [
     BASE,
     Method("SFT, equal steps", "sft"),
     Method("SFT, constant lr", "sft", 800),
-    FALLING,
+    SFT,
     Method("SUDO, any image", changes=any_image),
-    OURS,
-    replace(THEN, name="SFT, then SUDO, any image", changes=any_image),
-    THEN,
-    replace(THEN, name="SFT, then SUDO without MSE", weights={"dpo_weight": 1.0, "mse_weight": 0}),
+    SUDO,
+    replace(SFT_THEN_SUDO, name="SFT, then SUDO, any image", changes=any_image),
+    SFT_THEN_SUDO,
+    replace(
+        SFT_THEN_SUDO,
+        name="SFT, then SUDO without MSE",
+        weights={"dpo_weight": 1.0, "mse_weight": 0},
+    ),
 ]
 REST = [
     Method("SUDO, the official pairs", changes=official),
     Method("SUDO, loser: blur", settings={"downgrade": "blur"}),
     Method("SUDO, loser: random grid", settings={"downgrade": "random_grid"}),
     Method("SUDO, every 2nd step only", every=2),
-    Method("SUDO on 32 pictures", pictures=32, same_as=OURS.name),
-    replace(THEN, name="SFT, then SUDO, on 32 pictures", pictures=32, same_as=THEN.name),
+    Method("SUDO on 32 pictures", pictures=32, same_as=SUDO.name),
+    replace(
+        SFT_THEN_SUDO,
+        name="SFT, then SUDO, on 32 pictures",
+        pictures=32,
+        same_as=SFT_THEN_SUDO.name,
+    ),
     SFT_BY_ADAFACTOR,
-    replace(THEN, name="SFT, then SUDO, by Adafactor", settings={"optimizer": "adafactor"}),
+    replace(
+        SFT_THEN_SUDO, name="SFT, then SUDO, by Adafactor", settings={"optimizer": "adafactor"}
+    ),
 ]
-HEADLINES = [BASE, FALLING, OURS, THEN]  # the rows of README.md
+HEADLINES = [BASE, SFT, SUDO, SFT_THEN_SUDO]  # the rows of README.md
 TRIED = [
-    replace(THEN, name="... lr of SUDO falling too", settings={"lr_schedule": "linear"}),
+    replace(
+        SFT_THEN_SUDO, name="SFT, then SUDO, lr falling in both", settings={"lr_schedule": "linear"}
+    ),
 ]
 
 
@@ -342,7 +345,7 @@ def sft_lr(method: Method, results: dict) -> float:
     if not method.sft_first:
         return 0.0
     by_adafactor = method.settings.get("optimizer") == "adafactor"
-    return choice(SFT_BY_ADAFACTOR if by_adafactor else FALLING, results).lr
+    return choice(SFT_BY_ADAFACTOR if by_adafactor else SFT, results).lr
 
 
 def sweep(method: Method) -> list[tuple]:
@@ -451,10 +454,10 @@ def tables(results: dict) -> None:
     differences = [["whole matches, paired by seed", "seeds", "guidance 1", "each at its own best"]]
     differences[0].append("with the reference's branch")
     for model in sorted({k.split(" | ")[0] for k in results if "| test |" in k}):
-        for method in (THEN, OURS):
-            if not all(has_cells(m, results, model) for m in (method, FALLING)):
+        for method in (SFT_THEN_SUDO, SUDO):
+            if not all(has_cells(m, results, model) for m in (method, SFT)):
                 continue
-            row, sft = row_of(method, results, model), row_of(FALLING, results, model)
+            row, sft = row_of(method, results, model), row_of(SFT, results, model)
             seeds = sorted(row.cells.keys() & sft.cells.keys())
 
             def ahead(a: str, b: str, row=row, sft=sft, seeds=seeds) -> str:
@@ -462,7 +465,7 @@ def tables(results: dict) -> None:
 
             best = sft.choice.guidance
             pairs = ("1", "1"), (row.choice.guidance, best), (row.choice.with_reference, best)
-            line = [f"{method.name} - {FALLING.name}, {model}", str(len(seeds))]
+            line = [f"{method.name} - {SFT.name}, {model}", str(len(seeds))]
             differences.append([*line, *(ahead(a, b) for a, b in pairs)])
     table(differences)
 
@@ -536,7 +539,7 @@ def show(grid: list[list[Image.Image]], names: list[str], texts: list[str]):
 
 def before_and_after(results: dict):
     """What seed 0 of the recipe drew without guidance for the first of the test captions."""
-    rows = {"base": BASE, "SFT": FALLING, "SFT,\nthen SUDO": THEN}
+    rows = {"base": BASE, "SFT": SFT, "SFT,\nthen SUDO": SFT_THEN_SUDO}
     grid = []
     for method in rows.values():
         png = base64.b64decode(row_of(method, results).cells[0]["samples"])
@@ -577,7 +580,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not args.tables:
         few = len(SEEDS) // 2
-        run(sweep(BASE) + sweep(FALLING), results, "choosing the lr of SFT")
+        run(sweep(BASE) + sweep(SFT), results, "choosing the lr of SFT")
         for methods, seeds in ((HEADLINES, few), (MAIN, len(SEEDS)), (REST, few)):
             own = [method for method in methods if not method.same_as]
             first = [method for method in own if not method.sft_first]
@@ -585,7 +588,7 @@ def main() -> None:
             run([job for method in own for job in sweep(method)], results, "choosing")
             run(tests(methods, seeds, results), results, "comparing")
         for model in args.base:
-            headline = tests([BASE, FALLING, THEN], few, results, model)
+            headline = tests([BASE, SFT, SFT_THEN_SUDO], few, results, model)
             run(headline, results, f"comparing on {model}")
         run([job for method in TRIED for job in sweep(method)], results, "trying")
     tables(results)
