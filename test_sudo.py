@@ -919,7 +919,7 @@ def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_refere
     reference = pipe.unet
     reference.save_pretrained("sft/unet")
     pipe.unet = policy = copy.deepcopy(reference) if lora else moved(reference)
-    pipe.save_pretrained("out")
+    pipe.save_pretrained("out2")
     names = {"DiffusionPipeline": DiffusionPipeline, "torch": torch, "device": "cpu"}
     names["UNet2DConditionModel"] = UNet2DConditionModel
     loading, sampling = snippets("README.md")[3].split("policy = ", 1)
