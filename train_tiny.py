@@ -167,6 +167,7 @@ def family_of(model: str) -> str:
             f"a {' or a '.join(families)} with 'epsilon' or 'v_prediction'."
         )
     unet = load(UNet2DConditionModel.load_config, model, subfolder="unet")
+    # These are the widths of lab/tiny-sd and of what was trained from it.
     return "tiny" if unet["block_out_channels"] == [40, 80] else families[kind]
 
 
