@@ -568,7 +568,8 @@ def test_a_steps_draw_depends_on_seed_and_step_alone_and_losers_differ(monkeypat
 
 @pytest.mark.parametrize("downgrade", ["blur", "random_grid"])
 def test_the_other_downgrades_train(rows, tmp_path, downgrade):
-    log = run(rows(), tmp_path / "out", "--downgrade", downgrade, steps=2)
+    data = rows(16, lambda rows: [{**row, "text": "the same"} for row in rows])
+    log = run(data, tmp_path / "out", "--downgrade", downgrade, steps=2)
     assert log[0]["margin"] == 0 and log[0]["loser_error"] != log[0]["winner_error"]
 
 
@@ -657,6 +658,18 @@ def test_stable_diffusions_architectures_train_from_a_folder(rows, tmp_path, kin
     config = train_tiny.parse(arguments(data, output, *flags))
     assert config.beta == 5000 and config.family == ("sdxl" if "sdxl" in kind else "sd15")
     assert config.optimizer == ("adafactor" if "sdxl" in kind else "adamw")
+    # A dropped caption is what the pipeline guides with, which for SDXL is zeros.
+    read = train_tiny.read_rows(data, config.image_column, config.caption_column)
+    conditions = train_tiny.encode(trained, read, config).conditions
+    _, empty, *pooled = trained.encode_prompt(
+        "", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    half = {"rtol": 1e-3, "atol": 1e-3}
+    assert_close(conditions["encoder_hidden_states"][-1].float(), empty[0], **half)
+    if "sdxl" in kind:
+        assert_close(
+            conditions["added_cond_kwargs"]["text_embeds"][-1].float(), pooled[1][0], **half
+        )
 
 
 def test_pictures_of_every_kind_are_taken_right(tmp_path):
@@ -705,6 +718,10 @@ FAULTS = {
     "no object": ('["a list"]', "no text under 'file_name'"),
     "no text": ('{"file_name": 5, "text": "x"}', "no text under 'file_name'"),
     "broken JSON": ('{"file_name": "1.png", ', "broken JSON at column"),
+    "half a character": (
+        '{"file_name": "1.png", "text": "a \\ud83d cat"}',
+        "surrogates not allowed",
+    ),
     "missing picture": ('{"file_name": "none.png", "text": "x"}', "No such file.*none.png"),
     "a folder": ('{"file_name": ".", "text": "x"}', "no picture under 'file_name'"),
     "no picture": (lambda png: b"text", "cannot identify"),
@@ -756,11 +773,15 @@ def test_other_mistakes_are_refused_before_anything_is_written(rows, tmp_path, c
     data, output, file = rows(), tmp_path / "out", tmp_path / "file"
     file.write_text("in the way")
     sample = shrunk_pipeline(tmp_path / "sample", prediction_type="sample")
+    sigmas = shrunk_pipeline(tmp_path / "sigmas")
+    EDMEulerScheduler().save_pretrained(sigmas / "scheduler")
     for flags, message in (
         (("--model", tmp_path), "No pipeline could be loaded"),
         (("--model", sample), "'sample'. What can be trained is a StableDiffusionPipeline or"),
+        (("--model", sigmas), "with EDMEulerScheduler"),
         (("--resume",), "holds no checkpoint to resume"),
         (("--output", file), "is in use"),
+        (("--output", file / "out"), "cannot be made in .*file"),
         (("--output", file, "--resume"), "holds no checkpoint to resume"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -158,13 +158,15 @@ def parse(argv: list[str] | None = None) -> Config:
 def family_of(model: str) -> str:
     """The recipe for a folder or a hub name, by its configuration files alone."""
     families = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-    kind = load(DiffusionPipeline.load_config, model)["_class_name"]
+    kind = load(DiffusionPipeline.load_config, model).get("_class_name")
     scheduler = load(DDPMScheduler.load_config, model, subfolder="scheduler")
     prediction_type = scheduler.get("prediction_type", "epsilon")
-    if kind not in families or prediction_type not in ("epsilon", "v_prediction"):
+    known = prediction_type in ("epsilon", "v_prediction") and "beta_schedule" in scheduler
+    if kind not in families or not known:
         sys.exit(
-            f"{model} is a {kind} with prediction_type {prediction_type!r}. What can be trained is "
-            f"a {' or a '.join(families)} with 'epsilon' or 'v_prediction'."
+            f"{model} is a {kind} with {scheduler.get('_class_name')} and prediction_type "
+            f"{prediction_type!r}. What can be trained is a {' or a '.join(families)} with a "
+            "beta_schedule and 'epsilon' or 'v_prediction'."
         )
     unet = load(UNet2DConditionModel.load_config, model, subfolder="unet")
     # These are the widths of lab/tiny-sd and of what was trained from it.
@@ -191,8 +193,11 @@ class Row(NamedTuple):
     digest: str  # of the file's bytes: copies of a picture are one picture
 
 
-def read_rows(data: Path, image_column: str, caption_column: str) -> list[Row]:
-    """The rows of a jsonl, each picture decoded; exits with a sentence for each kind of fault."""
+def read_rows(data: Path, image_column: str, caption_column: str, losers=True) -> list[Row]:
+    """The rows of a jsonl, each picture decoded; exits with a sentence for each kind of fault.
+
+    With `losers` each row must find one, a row with another picture and another caption.
+    """
     data = data / "metadata.jsonl" if data.is_dir() else data
     try:
         lines = data.read_text(encoding="utf-8-sig").split("\n")
@@ -212,10 +217,10 @@ def read_rows(data: Path, image_column: str, caption_column: str) -> list[Row]:
             sentences.append(f"{where}: {fault}")
         count = sum(map(len, faults.values()))
         sys.exit("\n".join([*sentences[:10], f"{count} faulty lines: mend or remove them."]))
-    # A loser has another picture and another caption: is there one for each row?
     by_digest, by_text = Counter(row.digest for row in rows), Counter(row.text for row in rows)
     by_both = Counter((row.digest, row.text) for row in rows)
-    if not rows or any(by_digest[d] + by_text[t] - n == len(rows) for (d, t), n in by_both.items()):
+    unfit = (by_digest[d] + by_text[t] - n for (d, t), n in by_both.items())
+    if not rows or losers and len(rows) in unfit:
         sys.exit(
             f"{data}: every row needs a loser, a row with another picture and another caption. "
             f"Add some to the {len(rows)} that are there."
@@ -236,6 +241,7 @@ def read_row(line: str, folder: Path, image_column: str, caption_column: str) ->
                 f"no text under {column!r}. The columns that are there: {there}. A row should be "
                 f"like {wanted}; --image-column and --caption-column take other names."
             )
+    row[caption_column].encode()  # half of a surrogate pair is a ValueError here
     file = folder / row[image_column]
     try:
         load_picture(file, 8)
@@ -295,6 +301,8 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> Data:
     pipe.to("cpu")
 
     words, *pooled = (torch.cat(parts) for parts in zip(*prompts))
+    if pipe.config.get("force_zeros_for_empty_prompt"):  # SDXL: so it was trained, and so it guides
+        words[EMPTY], pooled[0][EMPTY] = 0, 0
     conditions = {"encoder_hidden_states": words}
     if pooled:  # the time ids are original size, crop and target size
         time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(texts))
@@ -491,6 +499,9 @@ def check_output(output: Path, resume: bool) -> None:
         remains = "metrics.jsonl", "checkpoint.unfinished", "samples-"
         if not output.is_dir() or not all(f.name.startswith(remains) for f in output.iterdir()):
             sys.exit(f"{output} is in use: name a new --output, or --resume the run in it.")
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        sys.exit(f"{output} cannot be made in {parent}: name a new --output.")
 
 
 def identity(rows: list[Row], config: Config) -> dict:
@@ -600,7 +611,8 @@ def run(config: Config) -> None:
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
-    rows = read_rows(config.data, config.image_column, config.caption_column)
+    from_rows = config.downgrade == "random_image"  # else a loser is made from its winner
+    rows = read_rows(config.data, config.image_column, config.caption_column, losers=from_rows)
     this = identity(rows, config)
     saved = load_checkpoint(output, this) if config.resume else {}
     no_checker = {"safety_checker": None, "requires_safety_checker": False}
@@ -628,7 +640,7 @@ def run(config: Config) -> None:
     if saved:
         unet.load_state_dict(saved["unet"])
         optimizer.load_state_dict(saved["optimizer"])
-        history = log.read_text().splitlines(keepends=True)[:done]
+        history = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(history))
