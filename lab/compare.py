@@ -274,10 +274,10 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
     for guidance in GUIDANCES:
         judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
         result[f"{guidance:g}"] = mean_scores(judged)
-        if guidance == 1 and split == "test":
+        if split == "test":
             first, second = (pictures for *_, pictures in judged)
-            result["spread"] = spread(first, second)
-            if seed == 0:
+            result[f"{guidance:g}"] += spread(first, second)
+            if guidance == 1 and seed == 0:
                 result["samples"] = packed(first[:SHOWN])
         if guidance > 1 and method.loss == "sudo":
             with unconditional_branch_of(reference, pipe):
@@ -441,44 +441,45 @@ def at(row: Row, name: str) -> str:
 
 def tables(results: dict) -> None:
     """Print what README.md and lab/README.md show: means over the seeds and 95 % intervals."""
-    rows = {m.name: row_of(m, results) for m in MAIN + REST if has_cells(m, results)}
-    if not {method.name for method in HEADLINES} <= rows.keys():
+    tiny = Path(TINY).name
+    models = tiny, *sorted({k.split(" | ")[0] for k in results if "| test |" in k} - {tiny})
+    kept = [(model, m) for model in models for m in MAIN + REST if has_cells(m, results, model)]
+    rows = {(model, m.name): row_of(m, results, model) for model, m in kept}
+    if not {(tiny, method.name) for method in HEADLINES} <= rows.keys():
         sys.exit("lab/results.json lacks the main rows: run `python lab/compare.py` first.")
     short = [["whole matches, test captions", "without guidance", "with guidance"]]
     short[0].append("with the reference's unconditional branch")
     for method in HEADLINES:
-        row = rows[method.name]
+        row = rows[tiny, method.name]
         line = [method.name, shown(row.whole("1")), at(row, row.choice.guidance)]
         short.append([*line, at(row, row.choice.with_reference)])
     table(short)
 
     differences = [["whole matches ahead of SFT, paired by seed", "base", "seeds", "guidance 1"]]
     differences[0] += ["each at its own best", "with the reference's branch"]
-    models = {k.split(" | ")[0] for k in results if "| test |" in k} - {Path(TINY).name}
-    for model in (Path(TINY).name, *sorted(models)):
-        sft = row_of(SFT, results, model)
-        for method in MAIN + REST:
-            if method in (BASE, SFT) or not has_cells(method, results, model):
-                continue
-            row = row_of(method, results, model)
-            seeds = row.cells.keys() & sft.cells.keys()
+    for (model, name), row in rows.items():
+        if row.method in (BASE, SFT):
+            continue
+        sft = rows[model, SFT.name]
+        seeds = row.cells.keys() & sft.cells.keys()
 
-            def ahead(a: str, b: str, row=row, sft=sft, seeds=seeds) -> str:
-                return shown([row.cells[s][a][0] - sft.cells[s][b][0] for s in seeds], 3)
+        def ahead(a: str, b: str, row=row, sft=sft, seeds=seeds) -> str:
+            return shown([row.cells[s][a][0] - sft.cells[s][b][0] for s in seeds], 3)
 
-            best = sft.choice.guidance
-            pairs = ("1", "1"), (row.choice.guidance, best), (row.choice.with_reference, best)
-            line = [method.name, model, str(len(seeds))]
-            differences.append([*line, *(ahead(*pair) if pair[0] else "" for pair in pairs)])
+        best = sft.choice.guidance
+        pairs = ("1", "1"), (row.choice.guidance, best), (row.choice.with_reference, best)
+        line = [name, model, str(len(seeds))]
+        differences.append([*line, *(ahead(*pair) if pair[0] else "" for pair in pairs)])
     table(differences)
 
     names = [f"{g:g}" for g in GUIDANCES]
     whole = [["whole matches", "seeds", "lr, β", *(f"guidance {name}" for name in names)]]
     whole[0].append("best, reference's branch")
     more = [["", "attributes at guidance 1, 3", "drift of winners, losers", "implicit accuracy"]]
-    more[0].append("spread of places, sizes at guidance 1")
-    for name, row in rows.items():
-        lr, beta, _, with_reference = row.choice
+    more[0] += ["spread of places, sizes at guidance 1", "at its own best"]
+    for (model, name), row in rows.items():
+        name += f", {model}" * (model != tiny)
+        lr, beta, own_best, with_reference = row.choice
         line = [name, str(len(row.cells)), setting(lr, beta)]
         line += [shown(row.whole(guidance)) for guidance in names]
         whole.append([*line, at(row, with_reference)])
@@ -487,14 +488,17 @@ def tables(results: dict) -> None:
         drifts = (
             shown([cell[who] for cell in cells], 3) for who in ("winner_drift", "loser_drift")
         )
-        spreads = (shown([cell["spread"][i] for cell in cells], 3) for i in (0, 1))
         accuracy = shown([cell["implicit_acc"] for cell in cells])
-        more.append([name, ", ".join(attributes), ", ".join(drifts), accuracy, ", ".join(spreads)])
+        more.append([name, ", ".join(attributes), ", ".join(drifts), accuracy])
+        for guidance in ("1", own_best):
+            measured = [cell[guidance][2:] for cell in cells if cell[guidance][2:]]
+            spreads = (shown([values[i] for values in measured], 3) for i in (0, 1) if measured)
+            more[-1].append(", ".join(spreads))
     rng = random.Random(0)
     scenes = [world.draw(world.place(text, rng)) for text in world.captions("test") * 2]
     own = ", ".join(f"{value:.3f}" for value in spread(scenes[:108], scenes[108:]))
     table(whole)
-    table([*more, ["(the world's own scenes)", "", "", "", own]])
+    table([*more, ["(the world's own scenes)", "", "", "", own, ""]])
 
     sweeps = [["whole matches, validation captions", "lr, β"]]
     sweeps[0] += [f"guidance {name}" for name in names]
