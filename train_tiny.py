@@ -193,7 +193,7 @@ class Row(NamedTuple):
     digest: str  # of the file's bytes: copies of a picture are one picture
 
 
-def read_rows(data: Path, image_column: str, caption_column: str, losers=True) -> list[Row]:
+def read_rows(data: Path, image_column: str, caption_column: str, losers: bool = True) -> list[Row]:
     """The rows of a jsonl, each picture decoded; exits with a sentence for each kind of fault.
 
     With `losers` each row must find one, a row with another picture and another caption.

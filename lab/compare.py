@@ -276,7 +276,7 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
         result[f"{guidance:g}"] = mean_scores(judged)
         if split == "test":
             first, second = (pictures for *_, pictures in judged)
-            result[f"{guidance:g}"] += spread(first, second)
+            result[f"{guidance:g}"] += spread(first, second)  # of places, then of sizes
             if guidance == 1 and seed == 0:
                 result["samples"] = packed(first[:SHOWN])
         if guidance > 1 and method.loss == "sudo":
