@@ -512,6 +512,13 @@ def test_killed_accumulated_and_precomputed_runs_end_alike(rows, tmp_path, flags
         assert_close(weights(tmp_path / "held"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("loss, dpo, mse", [("sudo", 0.5, 0.5), ("dpo", 1, 0)])
+def test_the_loss_has_the_terms_that_its_name_says(rows, tmp_path, loss, dpo, mse):
+    (step,) = run(rows(), tmp_path / "out", "--loss", loss, "--caption-dropout", 0, steps=1)
+    expected = dpo * math.log(2) + mse * step["winner_error"]
+    assert step["loss"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_two_processes_take_the_steps_of_one(rows, tmp_path):
     data = rows()
     one = run(data, tmp_path / "one", "--grad-accum", 4, batch=2)

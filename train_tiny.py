@@ -90,6 +90,8 @@ RECIPES = {
 # Plain fine-tuning wants a larger lr, which falls to 0; SUDO's is constant, as in the paper.
 SFT_LR = {"tiny": 3e-4, "sd15": 1e-5, "sdxl": 1e-5}
 GUIDANCE = {"tiny": 1.0, "sd15": 7.5, "sdxl": 5.0}  # of samples.png
+# λ1 and λ2 of Eq. 9 by --loss; the official code has no MSE term.
+WEIGHTS = {"sudo": {}, "dpo": {"dpo_weight": 1.0, "mse_weight": 0.0}}
 POSITIVE = {"steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every"}
 
 
@@ -108,7 +110,9 @@ class Config:
     model: str = flag("sd15, sdxl, tiny, a folder or a hub name; sd15 on a GPU, tiny without one")
     family: str  # the key of RECIPES that suits the model
     output: Path = flag("a new folder", Path("out"))
-    loss: str = flag("sft is the MSE term alone", "sudo", choices=("sudo", "sft"))
+    loss: str = flag(
+        "sft is the MSE term alone, dpo the preference", "sudo", choices=("sudo", "sft", "dpo")
+    )
     downgrade: str = flag(
         "what makes a loser", "random_image", choices=("random_image", "blur", "random_grid")
     )
@@ -627,7 +631,8 @@ def run(config: Config) -> None:
     if config.loss == "sft":
         loss_fn = partial(sft_loss, scheduler=pipe.scheduler)
     else:
-        loss_fn = partial(sudo.sudo_loss, scheduler=pipe.scheduler, beta=config.beta)
+        given = {"beta": config.beta, **WEIGHTS[config.loss]}
+        loss_fn = partial(sudo.sudo_loss, scheduler=pipe.scheduler, **given)
         if not config.precompute_reference:
             loss_fn = partial(loss_fn, reference=sudo.frozen_copy(unet))
         elif saved:

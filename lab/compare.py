@@ -93,7 +93,6 @@ class Method:
     steps: int = 300
     sft_first: int = 0  # steps of SFT that come before, with falling lr
     changes: Callable[[Step], dict] = ours  # to the arguments of sudo_loss
-    weights: dict = field(default_factory=dict)  # of the two terms
     every: int = 1  # the preference in each so many steps, the MSE term alone in the others
     settings: dict = field(default_factory=dict)  # of the trainer
     pictures: int = 384  # the first of captions.jsonl
@@ -111,11 +110,7 @@ BASE = Method("base model", loss="sft", steps=0)
 SFT = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
 SUDO = Method("SUDO")
 SFT_THEN_SUDO = Method("SFT, then SUDO", steps=150, sft_first=400)
-WITHOUT_MSE = replace(  # as in the official code
-    SFT_THEN_SUDO,
-    name="SFT, then SUDO without MSE",
-    weights={"dpo_weight": 1.0, "mse_weight": 0},
-)
+WITHOUT_MSE = replace(SFT_THEN_SUDO, name="SFT, then SUDO without MSE", loss="dpo")
 SFT_BY_ADAFACTOR = replace(
     SFT, name="SFT, by Adafactor", settings={"lr_schedule": "linear", "optimizer": "adafactor"}
 )
@@ -175,7 +170,8 @@ def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method
         changes = method.changes(Step(data, rows, rng))
         yield batch | changes | {"mse_alone": bool(step % method.every)}
 
-    preference = {"reference": sudo.frozen_copy(unet), "beta": config.beta, **method.weights}
+    preference = {"beta": config.beta, **train_tiny.WEIGHTS[method.loss]}
+    preference["reference"] = sudo.frozen_copy(unet)
 
     def loss_fn(policy, mse_alone: bool, **batch) -> tuple[Tensor, dict]:
         if mse_alone:
@@ -279,7 +275,7 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
             result[f"{guidance:g}"] += spread(first, second)  # of places, then of sizes
             if guidance == 1 and seed == 0:
                 result["samples"] = packed(first[:SHOWN])
-        if guidance > 1 and method.loss == "sudo":
+        if guidance > 1 and method.loss != "sft":
             with unconditional_branch_of(reference, pipe):
                 judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
             result[f"{guidance:g} ref"] = mean_scores(judged)
