@@ -267,14 +267,14 @@ def load_picture(file: Path, size: int) -> Tensor:
 
 
 class Data(NamedTuple):
-    """Everything the steps read, on the CPU and in fp16: N rows with M different captions."""
+    """Everything the steps read: N rows with M different captions, on the CPU and in fp16."""
 
     latents: Tensor  # [N, C, h, w], clean and scaled; of blur and random_grid N losers follow
     picture: Tensor  # [N], the same number for the same picture
     caption: Tensor  # [N], index into the conditions; the last one, EMPTY, belongs to ""
     conditions: dict  # of tensors [M + 1, ...]; SDXL's further ones under "added_cond_kwargs"
     num_timesteps: int  # T of the noise schedule
-    reference: Tensor | None = None  # errors from `reference_errors`, with --precompute-reference
+    reference: Tensor | None = None  # with --precompute-reference: errors, in fp32 on the device
 
 
 @torch.no_grad()
@@ -428,7 +428,7 @@ def prepare(pipe: DiffusionPipeline, config: Config):
     """The UNet to train, on the device, and its optimizer."""
     # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
     unet = pipe.unet.to(DEVICE, memory_format=torch.channels_last).eval()
-    if config.family != "tiny":  # which is faster without, and has the memory
+    if config.family != "tiny":  # a small model fits without, and is faster
         unet.enable_gradient_checkpointing()
     if config.optimizer == "adafactor":
         fixed_lr = {"scale_parameter": False, "relative_step": False}
@@ -454,8 +454,7 @@ def train(
     process's micro-batches. Raises FloatingPointError before an update that is not finite.
     """
     # Views, so that the buckets of gradients are no second copy of them.
-    views = {"gradient_as_bucket_view": True}
-    policy = DistributedDataParallel(unet, **views) if WORLD > 1 else unet
+    policy = DistributedDataParallel(unet, gradient_as_bucket_view=True) if WORLD > 1 else unet
     for step in range(start, config.steps):
         began, sums = time.perf_counter(), 0
         for k, batch in enumerate(batches(step)):
@@ -641,14 +640,14 @@ def run(config: Config) -> None:
             errors = reference_errors(unet, pipe.scheduler, data, config)
             data = data._replace(reference=errors)
 
-    done, log, history = saved.get("step", 0), output / "metrics.jsonl", []
+    done, log = saved.get("step", 0), output / "metrics.jsonl"
     if saved:
         unet.load_state_dict(saved["unet"])
         optimizer.load_state_dict(saved["optimizer"])
-        history = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
     if RANK == 0:
         output.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(history))
+        kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
+        log.write_text("".join(kept))
     steps = train(unet, optimizer, loss_fn, partial(micro_batches, data, config), config, done)
     bar = tqdm(steps, config.loss, initial=done, total=config.steps, **SILENT)
     try:

@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel
 
 LAB = Path(__file__).parent
 sys.path.insert(0, str(LAB.parent))
@@ -77,25 +77,14 @@ ARRANGEMENTS = {  # the simplest first
 
 
 def parts(model: str):
-    """UNet, VAE, text encoders and scheduler, by the names that a pipeline has for them."""
+    """The UNet and the scheduler, by the names that a pipeline has for them; of tiny all parts."""
     if model == "tiny":
         return DiffusionPipeline.from_pretrained(LAB / "tiny-sd")
-    pipe = SimpleNamespace(
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-        ),
-        text_encoder=clip(CLIPTextModel, width=768, layers=12),
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     if model == "sd15":
-        pipe.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        return pipe
-    pipe.text_encoder_2 = clip(CLIPTextModelWithProjection, width=1280, layers=32)
-    pipe.unet = UNet2DConditionModel(
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        return SimpleNamespace(unet=unet, scheduler=scheduler)
+    unet = UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -108,18 +97,19 @@ def parts(model: str):
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
-    return pipe
+    return SimpleNamespace(unet=unet, scheduler=scheduler)
 
 
-def clip(kind: type, width: int, layers: int):
-    config = CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        projection_dim=width,
+def encoders() -> tuple[AutoencoderKL, CLIPTextModel]:
+    """VAE and text encoder of SD1.5, which only the official arrangement runs in a step."""
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
     )
-    return kind(config)
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    return vae, CLIPTextModel(text)
 
 
 # ------------------------------------------- what is measured
@@ -166,15 +156,14 @@ class Bench:
         self.given = given | {"timestep": given.pop("timesteps")}
         self.latents = torch.cat([self.batch["latents"], self.batch["losers"]])
 
-        def steps(loss_fn: Callable, more: dict) -> Iterator[dict]:
-            with_more = lambda step: (batch | more for batch in batches(step))  # noqa: E731
-            return train_tiny.train(self.unet, self.optimizer, loss_fn, with_more, self.config)
-
+        train = partial(
+            train_tiny.train, self.unet, self.optimizer, batches=batches, config=self.config
+        )
         errors = torch.rand(2 * batch_size, device=train_tiny.DEVICE)
         self.loss = partial(sudo.sudo_loss, scheduler=self.scheduler, beta=self.config.beta)
-        self.sudo_steps = steps(self.loss, {"reference": self.reference})
-        self.precomputed_steps = steps(self.loss, {"reference": errors})
-        self.sft_steps = steps(partial(train_tiny.sft_loss, scheduler=self.scheduler), {})
+        self.sudo_steps = train(partial(self.loss, reference=self.reference))
+        self.precomputed_steps = train(partial(self.loss, reference=errors))
+        self.sft_steps = train(partial(train_tiny.sft_loss, scheduler=self.scheduler))
 
     def floor(self) -> None:
         with train_tiny.half_precision():
@@ -202,7 +191,9 @@ class Bench:
     def set_up_official(self) -> None:
         policy = copy.deepcopy(self.unet).to(memory_format=torch.contiguous_format)
         policy.disable_gradient_checkpointing()  # as its launcher for SD1.5 has it
-        frozen = sudo.frozen_copy(policy), self.pipe.vae, self.pipe.text_encoder
+        tiny = self.config.family == "tiny"
+        vae, text = (self.pipe.vae, self.pipe.text_encoder) if tiny else encoders()
+        frozen = sudo.frozen_copy(policy), vae, text
         half = torch.float16 if CUDA else torch.float32  # which a CPU has no fast one of
         self.frozen = [module.to(train_tiny.DEVICE, half) for module in frozen]
         optimizer = torch.optim.AdamW(policy.parameters(), self.config.lr, weight_decay=1e-2)
@@ -217,31 +208,21 @@ class Bench:
         (policy, optimizer), (reference, vae, text_encoder) = self.own, self.frozen
         B, device = self.config.batch_size, train_tiny.DEVICE
         side = self.latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-        alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         for _ in range(self.config.grad_accum):
             winners = torch.rand(B, 3, side, side)
             tokens = torch.randint(text_encoder.config.vocab_size, (B, self.words))
             pixels = torch.cat([winners, winners[torch.randperm(B)]]).to(device, vae.dtype)
             with torch.no_grad():
                 x_0 = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-                words = text_encoder(tokens.to(device))[0].repeat(2, 1, 1)
-            noise = torch.randn_like(x_0[:B]).repeat(2, 1, 1, 1)
-            t = torch.randint(1000, (B,), device=device).repeat(2)
-            alpha = alphas_cumprod[t].view(-1, 1, 1, 1).to(x_0.dtype)
-            noisy = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
+                words = text_encoder(tokens.to(device))[0]
+            pairs = sudo.make_pairs(self.scheduler, *x_0.chunk(2))
             with train_tiny.half_precision():
-                prediction = policy(noisy, t, words).sample
+                errors = sudo.denoising_error(policy, pairs, words)
             with torch.no_grad():
-                ref_prediction = reference(noisy, t, words).sample
-            error, ref_error = (
-                (output.float() - noise.float()).square().mean((1, 2, 3))
-                for output in (prediction, ref_prediction)
-            )
-            winner, loser = (error - ref_error).chunk(2)
-            u = -self.config.beta / 2 * (winner - loser)
-            loss = -F.logsigmoid(u).mean() / self.config.grad_accum
-            loss.backward()
-            loss.item(), (u > 0).float().mean().item()
+                ref_errors = sudo.denoising_error(reference, pairs, words)
+            loss, metrics = sudo.sudo_objective(errors, ref_errors, self.config.beta, 1.0, 0.0)
+            (loss / self.config.grad_accum).backward()
+            loss.item(), metrics["implicit_acc"].item()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), train_tiny.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -301,7 +282,7 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # it counts in KiB
 
 
-def alone(function: Callable, *arguments) -> float:
+def alone(function: Callable, *arguments):
     """The result of a function that is called in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -328,9 +309,8 @@ def steps(model: str, batch_size: int, passes: int) -> None:
             times[row].append(seconds(row, bench) / pairs[row])
 
     rate, floor = matrix_rate(), times[Bench.floor]
-    head = ["", "ms a pair", "× floor", "GFLOP a pair", "of the matrix rate", "peak GB"]
     print(f"{batch_size} pairs a pass, {passes} passes a step; matrices: {rate / 1e12:.3g} TFLOP/s")
-    lines = [head]
+    lines = []
     for row, gigabytes in zip(rows, memories):
         took = median(times[row])
         ratio = median(mine / least for mine, least in zip(times[row], floor))
@@ -344,7 +324,7 @@ def steps(model: str, batch_size: int, passes: int) -> None:
                 f"{gigabytes:.2f}",
             ]
         )
-    table(lines)
+    table(" | ms a pair | × floor | GFLOP a pair | of the matrix rate | peak GB", lines)
 
 
 def growth(model: str, batch_size: int) -> None:
@@ -358,12 +338,12 @@ def growth(model: str, batch_size: int) -> None:
         for size in sizes:
             bench.feed(*size)
             times[size].append(seconds(bench.whole_step) / size[0])
-    lines = [["`train_tiny.py`, a whole step", "ms a pair", "× the first", "peak GB"]]
+    lines = []
     for (size, (_, *took)), gigabytes in zip(times.items(), memories):  # the first round warms
         ratio = median(mine / first for mine, first in zip(took, times[sizes[0]][1:]))
         name = f"{size[0]} pairs, latents of {size[1]} x {size[1]}"
         lines.append([name, f"{1e3 * median(took):.3g}", f"{ratio:.2f}", f"{gigabytes:.2f}"])
-    table(lines)
+    table("`train_tiny.py`, a whole step | ms a pair | × the first | peak GB", lines)
 
 
 def encode(pictures: int) -> tuple[float, float, float]:
@@ -382,11 +362,11 @@ def encode(pictures: int) -> tuple[float, float, float]:
 
 def loader() -> None:
     """The third table: the loader on the sample data and on 10,000 pictures."""
-    lines = [["pictures of 512 x 512, encoded at 32 x 32", "ms a picture", "MB held", "peak GB"]]
+    lines = []
     for pictures in (384, 10_000):
         took, held, peak = alone(encode, pictures)
         lines.append([f"{pictures:,}", f"{1e3 * took:.2g}", f"{held:.2g}", f"{peak:.2f}"])
-    table(lines)
+    table("pictures of 512 x 512, encoded at 32 x 32 | ms a picture | MB held | peak GB", lines)
 
 
 # ------------------------------------------- what fits which GPU, counted
@@ -447,8 +427,8 @@ def fake_steps(
     optimizer: str = "adamw",
     held: bool = True,  # the reference, or else precomputed
     checkpointing: bool = True,
-) -> Iterator[SimpleNamespace]:
-    """The trainer's own steps of a model on fake tensors; yields the pipeline after each."""
+) -> Iterator[dict]:
+    """The trainer's own steps of a model on fake tensors."""
     config = train_tiny.parse(["--data", "none", "--model", model, "--loss", loss])
     config = replace(config, batch_size=batch_size, grad_accum=grad_accum, optimizer=optimizer)
     pipe, B = parts(model), batch_size
@@ -470,8 +450,7 @@ def fake_steps(
         # Not a `frozen_copy`, which would copy the mode of fake tensors too.
         frozen = parts(model).unet.eval().requires_grad_(False) if held else torch.zeros(2 * B)
         batch["reference"] = frozen
-    for _ in train_tiny.train(unet, optimizer, loss_fn, lambda _: [batch] * grad_accum, config):
-        yield pipe
+    return train_tiny.train(unet, optimizer, loss_fn, lambda _: [batch] * grad_accum, config)
 
 
 def counted_peak(model: str, batch_size: int, **arrangement) -> float:
@@ -489,34 +468,31 @@ def counted_flop(model: str, **arrangement) -> float:
         return counter.get_total_flops() / 1e12
 
 
-def encoders() -> float:
+def encoding_flop() -> float:
     """TFLOP per pair that the official code adds: it encodes two pictures and a caption."""
     with fake_gpu(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        pipe = parts("sd15")
+        vae, text_encoder = encoders()
         with torch.no_grad():
-            pipe.vae.encode(torch.randn(2, 3, 512, 512))
-            pipe.text_encoder(torch.zeros(1, 77, dtype=torch.long))
+            vae.encode(torch.randn(2, 3, 512, 512))
+            text_encoder(torch.zeros(1, 77, dtype=torch.long))
         return counter.get_total_flops() / 1e12
 
 
 def memory(batches: tuple[int, ...] = (1, 2, 4, 8)) -> None:
     """Tables of the memory that a step takes, and of the flags with which it fits a card."""
-    rows = list(product(("sd15", "sdxl"), (True, False), ARRANGEMENTS))
-    lines = [["GB at the peak of a step, counted", *(f"--batch-size {B}" for B in batches)]]
-    peaks = {}
+    rows = list(product(("sd15", "sdxl"), ARRANGEMENTS))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        counting = []
-        for model, checkpointing, flags in rows:
-            given = ARRANGEMENTS[flags] | {"checkpointing": checkpointing}
-            counting.append(pool.map(partial(counted_peak, model, **given), batches))
-        for row, counts in zip(tqdm(rows, "counting"), counting):
-            model, checkpointing, flags = row
-            peaks[row] = [*counts]
-            name = f"{model} `{flags}`{'' if checkpointing else ', no gradient checkpointing'}"
-            lines.append([name, *(f"{peak:.1f}" for peak in peaks[row])])
-    table(lines)
+        jobs = {
+            (model, flags): pool.map(partial(counted_peak, model, **ARRANGEMENTS[flags]), batches)
+            for model, flags in rows
+        }
+        peaks = {row: [*jobs[row]] for row in tqdm(rows, "counting")}
+    table(
+        f"GB at the peak of a step, counted | {' | '.join(f'--batch-size {B}' for B in batches)}",
+        [[f"{m} `{flags}`", *(f"{GB:.1f}" for GB in peaks[m, flags])] for m, flags in rows],
+    )
 
-    lines = [["card", "sd15 at 512 x 512", "sdxl at 1024 x 1024"]]
+    lines = []
     for gigabytes in (12, 16, 24, 40, 80):
         # A tenth and one GB are left for what is not counted.
         room, line = (gigabytes * 2**30 / 1e9 - 1) / 1.1, [f"{gigabytes} GB"]
@@ -524,11 +500,11 @@ def memory(batches: tuple[int, ...] = (1, 2, 4, 8)) -> None:
             fitting = [
                 f"`{flags} --batch-size {max(sizes)}`"
                 for flags in ARRANGEMENTS
-                if (sizes := [B for B, GB in zip(batches, peaks[model, True, flags]) if GB < room])
+                if (sizes := [B for B, GB in zip(batches, peaks[model, flags]) if GB < room])
             ]
             line.append(fitting[0] if fitting else "does not fit")
         lines.append(line)
-    table(lines)
+    table("card | sd15 at 512 x 512 | sdxl at 1024 x 1024", lines)
 
 
 def work() -> None:
@@ -538,8 +514,7 @@ def work() -> None:
         "SUDO": {},
         "SUDO, precomputed reference": {"held": False},
     }
-    lines = [["TFLOP per pair, counted", "with gradient checkpointing", "without"]]
-    flop = {}
+    lines, flop = [], {}
     for model in ("sd15", "sdxl"):
         for name, arrangement in kinds.items():
             for checkpointing in (True, False):
@@ -548,13 +523,12 @@ def work() -> None:
             both = [f"{flop[model, name, checkpointing]:.2f}" for checkpointing in (True, False)]
             lines.append([f"{model}, {name}", *both])
     official = flop["sd15", "official arrangement", False] = (
-        flop["sd15", "SUDO", False] + encoders()
+        flop["sd15", "SUDO", False] + encoding_flop()
     )
     lines.append(["sd15, official arrangement", "", f"{official:.2f}"])
-    table(lines)
+    table("TFLOP per pair, counted | with gradient checkpointing | without", lines)
 
-    lines = [[f"sd15, estimate at {SHARE:.0%} of the card's bf16 rate", "pairs per second"]]
-    lines[0] += ["the default run", "the paper's run, on one card"]
+    lines = []
     recipe = train_tiny.RECIPES["sd15"]
     default = recipe["steps"] * recipe["batch_size"] * recipe["grad_accum"]
     for card, rate in CARDS.items():
@@ -562,7 +536,8 @@ def work() -> None:
             pairs = SHARE * rate / flop["sd15", name, checkpointing]
             hours = [f"{count / pairs / 3600:.3g} h" for count in (default, 2000 * 2048)]
             lines.append([f"{name}, {card} ({rate} TFLOP/s)", f"{pairs:.2g}", *hours])
-    table(lines)
+    head = f"sd15, estimate at {SHARE:.0%} of the card's bf16 rate | pairs per second"
+    table(f"{head} | the default run | the paper's run, on one card", lines)
     print(f"The loader delivers {loader_rate():,.0f} pairs of sd15 per second, measured here.")
 
 

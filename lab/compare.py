@@ -1,12 +1,11 @@
 """Does SUDO do here what its paper says? The paper's tables in miniature, on the small world.
 
-    python lab/compare.py           # the cells that lab/results.json lacks, then the tables
-    python lab/compare.py --tables  # the tables alone, from lab/results.json
+    python lab/compare.py           # the cells that lab/results.json lacks, then what follows
+    python lab/compare.py --tables  # the tables and figures alone, from lab/results.json
 
 Every method fine-tunes lab/tiny-sd on captions.jsonl by the trainer's own loop, and the world's
-judge counts what its samples show. The lr and β of each method are chosen from a grid of the
-same size on the validation captions, with two seeds; then the method is trained from several seeds
-and judged on two drawings of every test caption. For one seed all methods on the same pictures see
+judge counts what its samples show. The lr and β of a method are chosen from a grid of four on the
+validation captions, with two seeds; then the method is trained from several seeds and judged on two drawings of every test caption. For one seed all methods on the same pictures see
 the same rows, noise, timesteps and dropped captions in the same order, and are judged from the same
 initial noise, so that their differences can be paired.
 
@@ -24,16 +23,19 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -56,34 +58,14 @@ SHOWN = 8  # test captions whose samples the pictures show
 # ------------------------------------------- the methods
 
 
-class Step(NamedTuple):
-    """What a method may use to change the batch of a step."""
-
-    data: train_tiny.Data
-    rows: Tensor  # [B], the winners
-    rng: torch.Generator
+def any_image(rows: Tensor, N: int, rng: torch.Generator) -> Tensor:
+    """The loser is any image of the data set."""
+    return torch.randint(N, rows.shape, generator=rng)
 
 
-def ours(step: Step) -> dict:
-    """The trainer's pairs: another picture and caption, and no preference under ""."""
-    return {}
-
-
-def any_image(step: Step) -> dict:
-    """The loser is any image of the data set, and the preference holds under "" too."""
-    rows = torch.randint(len(step.data.picture), step.rows.shape, generator=step.rng)
-    return {"losers": train_tiny.pick(rows, step.data.latents), "pair_weight": ones(step)}
-
-
-def official(step: Step) -> dict:
+def official(rows: Tensor, N: int, rng: torch.Generator) -> Tensor:
     """Micro-batches of 8 are permuted, as in the paper's run: one pair in 8 is of one image."""
-    parts = [part[torch.randperm(len(part), generator=step.rng)] for part in step.rows.split(8)]
-    losers = train_tiny.pick(torch.cat(parts), step.data.latents)
-    return {"losers": losers, "pair_weight": ones(step)}
-
-
-def ones(step: Step) -> Tensor:
-    return torch.ones(len(step.rows), device=train_tiny.DEVICE)
+    return torch.cat([part[torch.randperm(len(part), generator=rng)] for part in rows.split(8)])
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,7 @@ class Method:
     loss: str = "sudo"
     steps: int = 300
     sft_first: int = 0  # steps of SFT that come before, with falling lr
-    changes: Callable[[Step], dict] = ours  # to the arguments of sudo_loss
+    losers: Callable | None = None  # rows of other losers, preferred against under "" too
     every: int = 1  # the preference in each so many steps, the MSE term alone in the others
     settings: dict = field(default_factory=dict)  # of the trainer
     pictures: int = 384  # the first of captions.jsonl
@@ -109,8 +91,9 @@ class Method:
 BASE = Method("base model", loss="sft", steps=0)
 SFT = Method("SFT", "sft", 800, settings={"lr_schedule": "linear"})
 SUDO = Method("SUDO")
-SFT_THEN_SUDO = Method("SFT, then SUDO", steps=150, sft_first=400)
-WITHOUT_MSE = replace(SFT_THEN_SUDO, name="SFT, then SUDO without MSE", loss="dpo")
+AFTER_SFT = {"sft_first": 400, "steps": 150}
+SFT_THEN_SUDO = Method("SFT, then SUDO", **AFTER_SFT)
+WITHOUT_MSE = Method("SFT, then SUDO without MSE", "dpo", **AFTER_SFT)
 SFT_BY_ADAFACTOR = replace(
     SFT, name="SFT, by Adafactor", settings={"lr_schedule": "linear", "optimizer": "adafactor"}
 )
@@ -119,72 +102,59 @@ MAIN = [
     Method("SFT, equal steps", "sft"),
     Method("SFT, constant lr", "sft", 800),
     SFT,
-    Method("SUDO, any image", changes=any_image),
+    Method("SUDO, any image", losers=any_image),
     SUDO,
-    replace(SFT_THEN_SUDO, name="SFT, then SUDO, any image", changes=any_image),
+    Method("SFT, then SUDO, any image", losers=any_image, **AFTER_SFT),
     SFT_THEN_SUDO,
     WITHOUT_MSE,
 ]
 REST = [
-    Method("SUDO, the official pairs", changes=official),
+    Method("SUDO, the official pairs", losers=official),
     Method("SUDO, loser: blur", settings={"downgrade": "blur"}),
     Method("SUDO, loser: random grid", settings={"downgrade": "random_grid"}),
     Method("SUDO, every 2nd step only", every=2),
     Method("SUDO on 32 pictures", pictures=32, same_as=SUDO.name),
-    replace(
-        SFT_THEN_SUDO,
-        name="SFT, then SUDO, on 32 pictures",
-        pictures=32,
-        same_as=SFT_THEN_SUDO.name,
-    ),
+    Method("SFT, then SUDO, on 32 pictures", pictures=32, same_as="SFT, then SUDO", **AFTER_SFT),
     SFT_BY_ADAFACTOR,
-    replace(
-        SFT_THEN_SUDO, name="SFT, then SUDO, by Adafactor", settings={"optimizer": "adafactor"}
-    ),
+    Method("SFT, then SUDO, by Adafactor", settings={"optimizer": "adafactor"}, **AFTER_SFT),
 ]
 HEADLINES = [BASE, SFT, SUDO, SFT_THEN_SUDO, WITHOUT_MSE]  # the rows of README.md
 TRIED = [
-    replace(
-        SFT_THEN_SUDO, name="SFT, then SUDO, lr falling in both", settings={"lr_schedule": "linear"}
-    ),
+    Method("SFT, then SUDO, lr falling in both", settings={"lr_schedule": "linear"}, **AFTER_SFT)
 ]
 
 
 # ------------------------------------------- one cell: train and judge
 
 
-def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method) -> None:
-    """The trainer's own loop, with what the method changes."""
+def train(pipe, data: train_tiny.Data, config: train_tiny.Config, method: Method):
+    """The trainer's own loop, with what the method changes. Returns the model it started from."""
     unet, optimizer = train_tiny.prepare(pipe, config)
-    sft_loss = partial(train_tiny.sft_loss, scheduler=pipe.scheduler)
-    batches = partial(train_tiny.micro_batches, data, config)
-    if method.loss == "sft":
-        for _ in train_tiny.train(unet, optimizer, sft_loss, batches, config):
-            pass
-        return
+    reference = sudo.frozen_copy(unet)
+    loss_fn = partial(train_tiny.sft_loss, scheduler=pipe.scheduler)
+    if method.loss != "sft":
+        weights = train_tiny.WEIGHTS[method.loss]
+        given = {"reference": reference, "beta": config.beta, **weights}
+        loss_fn = partial(sudo.sudo_loss, scheduler=pipe.scheduler, **given)
 
-    def changed(step: int) -> Iterator[dict]:
-        (batch,) = batches(step)
-        rows = train_tiny.draw(data, config, step)[0]
-        rng = train_tiny.generator(config.seed, "compare", step)
-        changes = method.changes(Step(data, rows, rng))
-        yield batch | changes | {"mse_alone": bool(step % method.every)}
+    def batches(step: int) -> Iterator[dict]:
+        (batch,) = train_tiny.micro_batches(data, config, step)
+        if method.losers:
+            rows = train_tiny.draw(data, config, step)[0]
+            rng = train_tiny.generator(config.seed, "compare", step)
+            losers = method.losers(rows, len(data.picture), rng)
+            batch["losers"] = train_tiny.pick(losers, data.latents)
+            batch["pair_weight"] = torch.ones_like(batch["pair_weight"])
+        if step % method.every:  # the MSE term alone
+            batch["pair_weight"] = torch.zeros_like(batch["pair_weight"])
+        yield batch
 
-    preference = {"beta": config.beta, **train_tiny.WEIGHTS[method.loss]}
-    preference["reference"] = sudo.frozen_copy(unet)
-
-    def loss_fn(policy, mse_alone: bool, **batch) -> tuple[Tensor, dict]:
-        if mse_alone:
-            loss, metrics = sft_loss(policy, **batch)
-            return 0.5 * loss, metrics  # λ2
-        return sudo.sudo_loss(policy, scheduler=pipe.scheduler, **preference, **batch)
-
-    for _ in train_tiny.train(unet, optimizer, loss_fn, changed, config):
+    for _ in train_tiny.train(unet, optimizer, loss_fn, batches, config):
         pass
+    return reference
 
 
-@contextmanager
-def unconditional_branch_of(reference, pipe) -> Iterator[None]:
+def unconditional_branch_of(reference, pipe):
     """Within it, the reference answers the unconditional half of guidance, the policy the other."""
     policy = pipe.unet.forward
 
@@ -193,9 +163,7 @@ def unconditional_branch_of(reference, pipe) -> Iterator[None]:
         unconditional = reference(empty, timestep, none, **kwargs)[0]
         return (torch.cat([unconditional, policy(noisy, timestep, words, **kwargs)[0]]),)
 
-    pipe.unet.forward = forward
-    yield
-    pipe.unet.forward = policy
+    return mock.patch.object(pipe.unet, "forward", forward)
 
 
 def spread(first: list[Image.Image], second: list[Image.Image]) -> tuple[float, float]:
@@ -262,33 +230,28 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
     if method.sft_first:
         first = replace(config, loss="sft", beta=0.0, steps=method.sft_first)
         after_sft(pipe, data, replace(first, lr=sft_lr, lr_schedule="linear"))
-    pipe.to(train_tiny.DEVICE).unet.to(memory_format=torch.channels_last)
-    reference = sudo.frozen_copy(pipe.unet)
-    train(pipe, data, config, method)
-
+    reference = train(pipe, data, config, method)
+    pipe.to(train_tiny.DEVICE)
     result = {}
     for guidance in GUIDANCES:
-        judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
-        result[f"{guidance:g}"] = mean_scores(judged)
+        name = f"{guidance:g}"
+        result[name], drawings = judge(pipe, split, guidance, seed)
         if split == "test":
-            first, second = (pictures for *_, pictures in judged)
-            result[f"{guidance:g}"] += spread(first, second)  # of places, then of sizes
+            result[name] += spread(*drawings)  # of places, then of sizes
             if guidance == 1 and seed == 0:
-                result["samples"] = packed(first[:SHOWN])
+                result["samples"] = packed(drawings[0][:SHOWN])
         if guidance > 1 and method.loss != "sft":
             with unconditional_branch_of(reference, pipe):
-                judged = [judge(pipe, split, guidance, again) for again in (seed, seed + 1000)]
-            result[f"{guidance:g} ref"] = mean_scores(judged)
+                result[f"{name} ref"], _ = judge(pipe, split, guidance, seed)
     return result | drift(pipe, reference, split)
 
 
-def judge(pipe, split: str, guidance: float, seed: int):
-    return world.judge(pipe, world.captions(split), guidance, seed)
-
-
-def mean_scores(judged: list[tuple]) -> list[float]:
-    """Whole matches and attributes, of two drawings."""
-    return [fmean(scores) for scores in list(zip(*judged))[:2]]
+def judge(pipe, split: str, guidance: float, seed: int) -> tuple[list[float], tuple]:
+    """Shares of whole matches and of attributes in two drawings of each caption, and these."""
+    texts = world.captions(split)
+    judged = [world.judge(pipe, texts, guidance, again) for again in (seed, seed + 1000)]
+    whole, attributes, drawings = zip(*judged)
+    return [fmean(whole), fmean(attributes)], drawings
 
 
 def after_sft(pipe, data: train_tiny.Data, config: train_tiny.Config) -> None:
@@ -297,7 +260,7 @@ def after_sft(pipe, data: train_tiny.Data, config: train_tiny.Config) -> None:
     run = repr((config, len(data.picture), zlib.crc32(base)))
     file = LAB / "sft" / f"{zlib.crc32(run.encode()):08x}.pt"
     if not file.exists():
-        train(pipe, data, config, Method("", "sft"))
+        train(pipe, data, config, SFT)
         file.parent.mkdir(exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")  # another process may write the same
         torch.save(pipe.unet.state_dict(), beside)
@@ -307,11 +270,8 @@ def after_sft(pipe, data: train_tiny.Data, config: train_tiny.Config) -> None:
 
 def packed(pictures: list[Image.Image]) -> str:
     """The pictures in a row, as a PNG in base64."""
-    side, file = pictures[0].width, io.BytesIO()
-    strip = Image.new("RGB", (side * len(pictures), side))
-    for x, picture in enumerate(pictures):
-        strip.paste(picture, (x * side, 0))
-    strip.save(file, "PNG")
+    file = io.BytesIO()
+    make_image_grid(pictures, 1, len(pictures)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -405,9 +365,10 @@ def shown(values: list[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def table(lines: list[list[str]]) -> None:
-    lines[1:1] = [["---"] * len(lines[0])]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines), end="\n\n")
+def table(head: str, lines: list[list[str]]) -> None:
+    """Print a table in Markdown; the head has its columns between bars."""
+    rule = " | ".join("---" for _ in head.split(" | "))
+    print("\n".join(f"| {line} |" for line in (head, rule, *map(" | ".join, lines))), end="\n\n")
 
 
 class Row(NamedTuple):
@@ -421,9 +382,9 @@ class Row(NamedTuple):
         return [cell[name][0] for cell in self.cells.values()]
 
 
-def row_of(method: Method, results: dict, model: str = "") -> Row:
+def row_of(method: Method, results: dict, model: str = TINY) -> Row:
     chosen = choice(method, results)
-    keys = {s: key(model or TINY, method, "test", chosen.lr, chosen.beta, s) for s in SEEDS}
+    keys = {s: key(model, method, "test", chosen.lr, chosen.beta, s) for s in SEEDS}
     return Row(method, chosen, {s: results[k] for s, k in keys.items() if k in results})
 
 
@@ -435,50 +396,50 @@ def at(row: Row, name: str) -> str:
     return f"{shown(row.whole(name))} at scale {name.removesuffix(' ref')}" if name else ""
 
 
+def ahead(row: Row, name: str, sft: Row, sft_name: str) -> str:
+    """Whole matches that a method has more than SFT, seed by seed, each at its own scale."""
+    pairs = [(row.cells[s], sft.cells[s]) for s in row.cells.keys() & sft.cells.keys()]
+    return shown([a[name][0] - b[sft_name][0] for a, b in pairs], 3) if name and pairs else ""
+
+
 def tables(results: dict) -> None:
     """Print what README.md and lab/README.md show: means over the seeds and 95 % intervals."""
     tiny = Path(TINY).name
     models = tiny, *sorted({k.split(" | ")[0] for k in results if "| test |" in k} - {tiny})
-    kept = [(model, m) for model in models for m in MAIN + REST if has_cells(m, results, model)]
-    rows = {(model, m.name): row_of(m, results, model) for model, m in kept}
+    rows = {}
+    for model, method in product(models, MAIN + REST):
+        with suppress(KeyError):  # its lr and β are not chosen yet
+            rows[model, method.name] = row_of(method, results, model)
+    rows = {name: row for name, row in rows.items() if row.cells}
     if not {(tiny, method.name) for method in HEADLINES} <= rows.keys():
         sys.exit("lab/results.json lacks the main rows: run `python lab/compare.py` first.")
-    short = [["whole matches, test captions", "without guidance", "with guidance"]]
-    short[0].append("with the reference's unconditional branch")
-    for method in HEADLINES:
-        row = rows[tiny, method.name]
-        line = [method.name, shown(row.whole("1")), at(row, row.choice.guidance)]
-        short.append([*line, at(row, row.choice.with_reference)])
-    table(short)
 
-    differences = [["whole matches ahead of SFT, paired by seed", "base", "seeds", "guidance 1"]]
-    differences[0] += ["each at its own best", "with the reference's branch"]
+    head = "whole matches, test captions | without guidance | with guidance"
+    lines = []
+    for row in (rows[tiny, method.name] for method in HEADLINES):
+        best = (at(row, name) for name in row.choice[2:])
+        lines.append([row.method.name, shown(row.whole("1")), *best])
+    table(f"{head} | with the reference's unconditional branch", lines)
+
+    head = "whole matches ahead of SFT, paired by seed | base | seeds | guidance 1"
+    lines = []
     for (model, name), row in rows.items():
-        if row.method in (BASE, SFT):
-            continue
-        sft = rows[model, SFT.name]
-        seeds = row.cells.keys() & sft.cells.keys()
-
-        def ahead(a: str, b: str, row=row, sft=sft, seeds=seeds) -> str:
-            return shown([row.cells[s][a][0] - sft.cells[s][b][0] for s in seeds], 3)
-
-        best = sft.choice.guidance
-        pairs = ("1", "1"), (row.choice.guidance, best), (row.choice.with_reference, best)
-        line = [name, model, str(len(seeds))]
-        differences.append([*line, *(ahead(*pair) if pair[0] else "" for pair in pairs)])
-    table(differences)
+        sft = rows.get((model, SFT.name))
+        if row.method not in (BASE, SFT) and sft:
+            seeds = len(row.cells.keys() & sft.cells.keys())
+            best = (ahead(row, mine, sft, sft.choice.guidance) for mine in row.choice[2:])
+            lines.append([name, model, str(seeds), ahead(row, "1", sft, "1"), *best])
+    table(f"{head} | each at its own best | with the reference's branch", lines)
 
     names = [f"{g:g}" for g in GUIDANCES]
-    whole = [["whole matches", "seeds", "lr, β", *(f"guidance {name}" for name in names)]]
-    whole[0].append("best, reference's branch")
-    more = [["", "attributes at guidance 1, 3", "drift of winners, losers", "implicit accuracy"]]
-    more[0] += ["spread of places, sizes at guidance 1", "at its own best"]
+    scales = " | ".join(f"guidance {name}" for name in names)
+    lines, more = [], []
     for (model, name), row in rows.items():
         name += f", {model}" * (model != tiny)
         lr, beta, own_best, with_reference = row.choice
-        line = [name, str(len(row.cells)), setting(lr, beta)]
-        line += [shown(row.whole(guidance)) for guidance in names]
-        whole.append([*line, at(row, with_reference)])
+        values = (shown(row.whole(guidance)) for guidance in names)
+        best = at(row, with_reference)
+        lines.append([name, str(len(row.cells)), setting(lr, beta), *values, best])
         cells = row.cells.values()
         attributes = (shown([cell[guidance][1] for cell in cells]) for guidance in ("1", "3"))
         drifts = (
@@ -493,28 +454,21 @@ def tables(results: dict) -> None:
     rng = random.Random(0)
     scenes = [world.draw(world.place(text, rng)) for text in world.captions("test") * 2]
     own = ", ".join(f"{value:.3f}" for value in spread(scenes[:108], scenes[108:]))
-    table(whole)
-    table([*more, ["(the world's own scenes)", "", "", "", own, ""]])
+    more.append(["(the world's own scenes)", "", "", "", own, ""])
+    table(f"whole matches | seeds | lr, β | {scales} | best, reference's branch", lines)
+    head = " | attributes at guidance 1, 3 | drift of winners, losers | implicit accuracy"
+    table(f"{head} | spread of places, sizes at guidance 1 | at its own best", more)
 
-    sweeps = [["whole matches, validation captions", "lr, β"]]
-    sweeps[0] += [f"guidance {name}" for name in names]
+    lines = []
     for method in MAIN + REST + TRIED:
         for lr, beta in () if method.same_as else method.grid:
             keys = [key(TINY, method, "validation", lr, beta, seed) for seed in VALIDATION_SEEDS]
             if all(k in results for k in keys):
-                values = [fmean(results[k][name][0] for k in keys) for name in names]
-                settings = setting(lr, beta)
-                sweeps.append([method.name, settings, *(f"{v:.2f}" for v in values)])
-    table(sweeps)
+                values = (fmean(results[k][name][0] for k in keys) for name in names)
+                lines.append([method.name, setting(lr, beta), *(f"{v:.2f}" for v in values)])
+    table(f"whole matches, validation captions | lr, β | {scales}", lines)
     base = results[key(TINY, BASE, "validation", 0.0, 0.0, 100)]["typical_difference"]
     print(f"Base model: median |e_w - e_l| {base:.4f}, one unit of u at β = {2 / base:.0f}")
-
-
-def has_cells(method: Method, results: dict, model: str = "") -> bool:
-    try:
-        return bool(row_of(method, results, model).cells)
-    except KeyError:  # its lr and β are not chosen yet
-        return False
 
 
 def show(grid: list[list[Image.Image]], names: list[str], texts: list[str]):
@@ -584,11 +538,9 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if not args.tables:
         few = len(SEEDS) // 2
-        run(sweep(BASE) + sweep(SFT), results, "choosing the lr of SFT")
+        run(sweep(BASE) + sweep(SFT) + sweep(SFT_BY_ADAFACTOR), results, "choosing the lr of SFT")
         for methods, seeds in ((HEADLINES, few), (MAIN, len(SEEDS)), (REST, few)):
             own = [method for method in methods if not method.same_as]
-            first = [method for method in own if not method.sft_first]
-            run([job for method in first for job in sweep(method)], results, "choosing")
             run([job for method in own for job in sweep(method)], results, "choosing")
             run(tests(methods, seeds, results), results, "comparing")
         for model in args.base:

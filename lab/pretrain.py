@@ -191,10 +191,8 @@ def pretrain_unet(
     ids = tokenizer(
         [*distinct, ""], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
-    caption_of = torch.tensor(
-        [distinct.index(text) for text in texts[: len(texts) // PICTURES_PER_CAPTION]]
-    )
-    caption_of = caption_of.repeat(PICTURES_PER_CAPTION)
+    number = {text: i for i, text in enumerate(distinct)}
+    caption_of = torch.tensor([number[text] for text in texts])
     timesteps = scheduler.config.num_train_timesteps
 
     def loss_of():

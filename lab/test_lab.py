@@ -163,3 +163,9 @@ def test_a_count_on_fake_tensors_is_that_of_a_real_run(monkeypatch):
     assert held - precomputed == pytest.approx(weights, rel=1e-3)
     # Weights, gradients, two moments and the reference.
     assert 5 * weights < held < 6 * weights
+
+
+def test_the_counter_starts_from_the_unet_alone():
+    with bench.fake_gpu(), bench.Live() as live:
+        pipe = bench.parts("sd15")
+        assert live.now == pytest.approx(4 * pipe.unet.num_parameters(), rel=1e-4)

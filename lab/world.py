@@ -102,9 +102,7 @@ def _outline(shape: str, size: float) -> tuple[float, float, float, float]:
         return -r, -r, r, r
     if shape == "square":
         return -size / 2, -size / 2, size / 2, size / 2
-    side = (
-        sqrt(2) * size
-    )  # of a triangle as wide as high, its centroid a third of that above its base
+    side = sqrt(2) * size  # a triangle as wide as high; its centroid is a third above its base
     return -side / 2, -side * 2 / 3, side / 2, side / 3
 
 
