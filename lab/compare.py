@@ -5,9 +5,10 @@
 
 Every method fine-tunes lab/tiny-sd on captions.jsonl by the trainer's own loop, and the world's
 judge counts what its samples show. The lr and β of a method are chosen from a grid of four on the
-validation captions, with two seeds; then the method is trained from several seeds and judged on two drawings of every test caption. For one seed all methods on the same pictures see
-the same rows, noise, timesteps and dropped captions in the same order, and are judged from the same
-initial noise, so that their differences can be paired.
+validation captions, with two seeds; then the method is trained from several seeds and judged on two
+drawings of every test caption. For one seed all methods on the same pictures see the same rows,
+noise, timesteps and dropped captions in the same order, and are judged from the same initial noise,
+so that their differences can be paired.
 
 Each cell, one training and its judging, is written to lab/results.json as it ends, so the command
 can be stopped and started. Whoever changes a method removes its cells.
