@@ -228,19 +228,21 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
     pipe = DiffusionPipeline.from_pretrained(config.model)
     rows = train_tiny.read_rows(config.data, config.image_column, config.caption_column)
     data = train_tiny.encode(pipe, rows[: method.pictures], config)
+    pipe.to(train_tiny.DEVICE)
+    result, pictured = {}, split == "test" and seed == 0
     if method.sft_first:
         first = replace(config, loss="sft", beta=0.0, steps=method.sft_first)
         after_sft(pipe, data, replace(first, lr=sft_lr, lr_schedule="linear"))
+        if pictured:
+            result["samples after SFT"] = packed(judge(pipe, split, 1.0, seed)[1][0])
     reference = train(pipe, data, config, method)
-    pipe.to(train_tiny.DEVICE)
-    result = {}
     for guidance in GUIDANCES:
         name = f"{guidance:g}"
         result[name], drawings = judge(pipe, split, guidance, seed)
         if split == "test":
             result[name] += spread(*drawings)  # of places, then of sizes
-            if guidance == 1 and seed == 0:
-                result["samples"] = packed(drawings[0][:SHOWN])
+            if pictured and guidance == 1:
+                result["samples"] = packed(drawings[0])
         if guidance > 1 and method.loss != "sft":
             with unconditional_branch_of(reference, pipe):
                 result[f"{name} ref"], _ = judge(pipe, split, guidance, seed)
@@ -270,9 +272,9 @@ def after_sft(pipe, data: train_tiny.Data, config: train_tiny.Config) -> None:
 
 
 def packed(pictures: list[Image.Image]) -> str:
-    """The pictures in a row, as a PNG in base64."""
+    """The first pictures in a row, as a PNG in base64."""
     file = io.BytesIO()
-    make_image_grid(pictures, 1, len(pictures)).save(file, "PNG")
+    make_image_grid(pictures[:SHOWN], 1, SHOWN).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -450,8 +452,8 @@ def tables(results: dict) -> None:
         more.append([name, ", ".join(attributes), ", ".join(drifts), accuracy])
         for guidance in ("1", own_best):
             measured = [cell[guidance][2:] for cell in cells if cell[guidance][2:]]
-            spreads = (shown([values[i] for values in measured], 3) for i in (0, 1) if measured)
-            more[-1].append(", ".join(spreads))
+            spreads = (shown([values[i] for values in measured], 3) for i in (0, 1))
+            more[-1].append(", ".join(spreads) if len(measured) > 1 else "")
     rng = random.Random(0)
     scenes = [world.draw(world.place(text, rng)) for text in world.captions("test") * 2]
     own = ", ".join(f"{value:.3f}" for value in spread(scenes[:108], scenes[108:]))
@@ -497,11 +499,15 @@ def show(grid: list[list[Image.Image]], names: list[str], texts: list[str]):
 
 def before_and_after(results: dict):
     """What seed 0 of the recipe drew without guidance for the first of the test captions."""
-    rows = {"base": BASE, "SFT": SFT, "SFT,\nthen SUDO": SFT_THEN_SUDO}
+    base, recipe = (row_of(method, results).cells[0] for method in (BASE, SFT_THEN_SUDO))
+    rows = {
+        "base": base["samples"],
+        "after SFT": recipe["samples after SFT"],
+        "then SUDO": recipe["samples"],
+    }
     grid = []
-    for method in rows.values():
-        png = base64.b64decode(row_of(method, results).cells[0]["samples"])
-        strip = Image.open(io.BytesIO(png))
+    for png in rows.values():
+        strip = Image.open(io.BytesIO(base64.b64decode(png)))
         side = strip.height
         grid.append([strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)])
     return show(grid, list(rows), world.captions("test")[:SHOWN])
