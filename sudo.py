@@ -1,13 +1,11 @@
 """SUDO (Self-DPO at NeurIPS): preference optimisation of diffusion models without labels.
 
-Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for
-Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534, which names the method SUDO).
-Equations and tables are theirs. S:1065 is line 1065 of train.py in the official code,
-github.com/SPengLiang/SUDO at commit 4a41b91.
+Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for Text-to-Image
+Diffusion Models", NeurIPS 2025 (arXiv 2504.14534 names the method SUDO), whose equations and tables
+are cited. S:1065 is line 1065 of the official train.py, github.com/SPengLiang/SUDO at 1e5a282.
 
-Every training image is a winner x_w. Its loser x_l = Downgrade(x_w), x_sl in the paper, is by
-default another image under the winner's caption c. Both get the same noise ε at the same timestep
-t. With the errors
+Every training image is a winner x_w. Its loser x_l (the paper's x_sl) is another image under the
+winner's caption c. Both get the same noise ε at the same timestep t. With the errors
 
     e_w, e_l   of the policy, the model in training:    e_w = mean (ε_θ(x_w^t, t, c) - ε)²
     r_w, r_l   of the reference, its frozen initial copy
@@ -18,8 +16,8 @@ the objective is
     L_dpo = mean( -log σ(u) )                                                              Eq. 8
     L     = λ1 · L_dpo + λ2 · mean(e_w)               β = 5000, λ1 = λ2 = 0.5              Eq. 9
 
-The paper writes squared norms and one factor, C = -2500 (section 4.1). That C is -β/2 with
-β = 5000, and that errors are means, is the official code's (S:1154, 1137).
+The paper writes squared norms and C = -2500 (section 4.1). That C is -β/2 with β = 5000, and that
+errors are means, is the official code's (S:1154, 1137).
 
 The paper's model is a UNet that predicts ε. A UNet or transformer that predicts something else has
 another target in e and r, and perhaps other coefficients in x^t = a x + b ε; all else is the same:
@@ -33,11 +31,11 @@ In any trainer of a diffusers UNet (README.md shows the same for a transformer):
 
     from sudo import frozen_copy, sudo_loss
     reference = frozen_copy(unet)  # once, before the first step
-    ...  # latents: clean and scaled; another image of the batch becomes each one's loser
+    # latents: clean and scaled; each one's loser will be another of the batch
     loss, metrics = sudo_loss(unet, reference, noise_scheduler, latents, encoder_hidden_states)
     loss.backward()
 
-Three choices differ from the official code on purpose (lab/README.md lists all differences):
+Three choices differ from the official code on purpose (lab/fidelity.md lists all differences):
 
 1. No image is its own loser, while S:1018-1027 leaves one per micro-batch in its place on average.
 2. `pair_weight` can switch the preference term off where the caption was dropped to "", because an
@@ -66,8 +64,8 @@ def random_image(images: Tensor, generator: torch.Generator | None = None) -> Te
     """
     if len(images) < 2:
         raise ValueError(
-            "a batch of one has no other image to be the loser: "
-            "pass losers= drawn from the whole data set, or use a larger batch"
+            "a batch of one has no other image to be the loser: pass losers= drawn from the whole "
+            "data set, or use larger batches (and drop_last=True, where the last is smaller)"
         )
     device = _random_device(images, generator)
     cycle = torch.randperm(len(images), generator=generator, device=device).to(images.device)
@@ -86,15 +84,13 @@ def blur(images: Tensor, factor: int = 4) -> Tensor:
 def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None = None) -> Tensor:
     """Cut each image into grid x grid cells and swap two of them, drawn anew for each (Table 3).
 
-    images: (B, C, H, W) pixels, as is the result. grid: at least 2. Raises ValueError unless it
-    divides H and W.
+    images: (B, C, H, W) pixels, as is the result. grid: 2 or more; ValueError if H, W don't divide.
     """
     B, C, H, W = images.shape
     if H % grid or W % grid:
         raise ValueError(f"{H} x {W} pixels do not divide into {grid} x {grid} cells")
     h, w, n = H // grid, W // grid, grid * grid
     cells = images.reshape(B, C, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5).reshape(B, n, C, h, w)
-
     draw = {"size": (B,), "generator": generator, "device": _random_device(images, generator)}
     first = torch.randint(n, **draw).to(images.device)
     second = (first + torch.randint(1, n, **draw).to(images.device)) % n  # any cell but the first
@@ -136,7 +132,7 @@ def training_target(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler
 class Pairs(NamedTuple):
     """What the model sees and should answer, 2B rows: all winners, then their losers in order."""
 
-    noisy: Tensor  # x_t, [2B, ...] fp32, of the latents' shape
+    noisy: Tensor  # x_t, [2B, ...], of the latents' shape and dtype
     target: Tensor  # ε, v or ε - x_0, [2B, ...] fp32
     timesteps: Tensor  # t, [2B]
 
@@ -154,8 +150,9 @@ def make_pairs(
 
     scheduler: one of diffusers, with ε- or v-prediction and alphas_cumprod, or of flow matching; T
     is its config.num_train_timesteps. winners, losers: (B, ...) clean scaled latents, as in
-    `add_noise`. noise: the same shape, ~ N(0, I) if None. timesteps: (B,), if None ~ U{0..T-1}, or
-    for flow matching ~ U(0, T). Raises ValueError for another scheduler or where a shape differs.
+    `add_noise`, in the dtype that the model takes. noise: the same shape, ~ N(0, I) if None.
+    timesteps: (B,), if None ~ U{0..T-1}, or for flow matching ~ U(0, T). Raises ValueError for
+    another scheduler or where a shape differs.
     """
     B, device = len(winners), _random_device(winners, generator)
     if noise is None:
@@ -172,7 +169,7 @@ def make_pairs(
     noise = torch.cat([noise, noise]).to(x_0.device)
     timesteps = torch.cat([timesteps, timesteps]).to(x_0.device)
     return Pairs(
-        noisy=add_noise(x_0, noise, timesteps, scheduler),
+        noisy=add_noise(x_0, noise, timesteps, scheduler).to(winners.dtype),
         target=training_target(x_0, noise, timesteps, scheduler),
         timesteps=timesteps,
     )
@@ -186,20 +183,19 @@ def denoising_error(
 ) -> Tensor:
     """The mean squared error of each row (S:1137): (2B,) fp32, winners first.
 
-    unet: called as unet(noisy, timesteps, encoder_hidden_states, **unet_kwargs); its output is
-    `.sample` or the tensor itself. A transformer, whose arguments have another order, comes inside
-    a lambda. Conditions are those of the B winners and are repeated for the losers:
-    encoder_hidden_states (B, S, D) and every tensor in unet_kwargs, also inside dicts and lists
-    (SDXL's added_cond_kwargs). The noisy latents are cast to the dtype of encoder_hidden_states, so
-    that has to be the dtype the model takes: fp32, or half with half weights. The errors are fp32
-    all the same. Raises ValueError for a condition without B rows.
+    unet: called as unet(noisy, timesteps, encoder_hidden_states, **unet_kwargs) and returns a
+    tensor, a tuple or a ModelOutput; a transformer, with its arguments in another order, comes in a
+    lambda. The conditions are those of the B winners and are repeated for the losers:
+    encoder_hidden_states (B, S, D) and all tensors in unet_kwargs, also inside dicts and lists
+    (SDXL's added_cond_kwargs). Raises ValueError where one has not B rows, or the target's shape is
+    not the prediction's.
     """
     B = len(pairs.timesteps) // 2
     condition = _repeat("encoder_hidden_states", encoder_hidden_states, B)
     unet_kwargs = {name: _repeat(name, value, B) for name, value in unet_kwargs.items()}
-    # A callable has no dtype to ask for, but its user has made the condition in the right one.
-    output = unet(pairs.noisy.to(condition.dtype), pairs.timesteps, condition, **unet_kwargs)
-    prediction = getattr(output, "sample", output)
+    output = unet(pairs.noisy, pairs.timesteps, condition, **unet_kwargs)
+    prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    _expect("the model's prediction", prediction, pairs.target.shape)
     return (prediction.float() - pairs.target).square().flatten(1).mean(1)
 
 
@@ -224,26 +220,24 @@ def sudo_objective(
     mse_weight: float = 0.5,
     pair_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of Eq. 9 (S:1157: its first term) and its metrics.
+    """L of Eq. 9 (S:1157-1159) and its metrics.
 
     errors, ref_errors: (2B,) from `denoising_error`. dpo_weight, mse_weight: λ1, λ2. pair_weight:
     (B,), each pair's weight in the preference term, all 1 if None; 0 where the caption was dropped.
-    Both terms are means over all B rows, weighted or not: micro-batches and processes then average
-    to the loss of the whole batch. Raises ValueError where a shape differs.
+    Raises ValueError where a shape differs.
 
-    Returns L, a scalar, and detached fp32 scalars. Those with a * are means over the pairs whose
-    weight is not 0, and 0 if there are none. Each such pair counts once in them, whatever its
-    weight. The loss divides by all B instead, so after dropped captions it is not
-    λ1 · dpo + λ2 · winner_error of the metrics:
-        loss             L
-        dpo *            -log σ(u): ln 2 = 0.6931 at the start
-        winner_error     mean e_w, the MSE term
-        loser_error      mean e_l
-        winner_drift     mean e_w - r_w: below 0 where winners are learnt
-        loser_drift      mean e_l - r_l
-        margin *         u
-        implicit_acc *   share of u > 0; a tie, u = 0, counts one half
-        saturated *      share of |u| > 10, where σ(u) is 0 or 1 to four decimals
+    Returns L, a scalar, and detached fp32 scalars. Both terms of L are means over all B pairs; the
+    metrics are means over those whose weight is not 0, each counted once, and 0 without any. So
+    over micro-batches and processes L averages evenly, and a metric weighted by `pairs`:
+        pairs            the number of pairs with a preference
+        dpo              -log σ(u): ln 2 = 0.6931 at the start
+        winner_error     e_w
+        loser_error      e_l
+        winner_drift     e_w - r_w: below 0 where winners are learnt
+        loser_drift      e_l - r_l
+        margin           u
+        implicit_acc     share of u > 0; a tie, u = 0, counts one half
+        saturated        share of |u| > 10, where σ(u) is 0 or 1 to four decimals
     """
     if errors.ndim != 1 or len(errors) % 2:
         raise ValueError(f"errors has shape {tuple(errors.shape)}, expected (2B,), winners first")
@@ -251,30 +245,26 @@ def sudo_objective(
     _expect("ref_errors", ref_errors, (2 * B,))
     weight = torch.ones_like(errors[:B]) if pair_weight is None else pair_weight.to(errors)
     _expect("pair_weight", weight, (B,))
-
     e_w, e_l = errors.chunk(2)
     r_w, r_l = ref_errors.chunk(2)
     u = implicit_margin(errors, ref_errors, beta)
     dpo = -F.logsigmoid(u)
     loss = dpo_weight * (weight * dpo).mean() + mse_weight * e_w.mean()
 
-    has_weight = (weight != 0).float()
-
-    def over_pairs(values: Tensor) -> Tensor:
-        return (has_weight * values).sum() / has_weight.sum().clamp(min=1)
-
-    metrics = {
-        "loss": loss,
-        "dpo": over_pairs(dpo),
-        "winner_error": e_w.mean(),
-        "loser_error": e_l.mean(),
-        "winner_drift": (e_w - r_w).mean(),
-        "loser_drift": (e_l - r_l).mean(),
-        "margin": over_pairs(u),
-        "implicit_acc": over_pairs((u > 0).float() + 0.5 * (u == 0)),
-        "saturated": over_pairs((u.abs() > 10).float()),
+    counted = (weight != 0).float()
+    pairs = counted.sum()
+    values = {
+        "dpo": dpo,
+        "winner_error": e_w,
+        "loser_error": e_l,
+        "winner_drift": e_w - r_w,
+        "loser_drift": e_l - r_l,
+        "margin": u,
+        "implicit_acc": (u > 0).float() + 0.5 * (u == 0),
+        "saturated": (u.abs() > 10).float(),
     }
-    return loss, {name: value.detach().float() for name, value in metrics.items()}
+    total = {name: (counted * value.detach().float()).sum() for name, value in values.items()}
+    return loss, {"pairs": pairs} | {name: total[name] / pairs.clamp(min=1) for name in total}
 
 
 # ------------------------------------------- the whole step
@@ -288,7 +278,7 @@ def sudo_loss(
     encoder_hidden_states: Tensor,
     *,
     losers: Tensor | None = None,
-    beta: float = 5000.0,
+    beta: float | None = None,
     dpo_weight: float = 0.5,
     mse_weight: float = 0.5,
     pair_weight: Tensor | None = None,
@@ -302,13 +292,17 @@ def sudo_loss(
     unet: the policy, a UNet or a transformer in a lambda, as in `denoising_error`. reference: its
     `frozen_copy`, or any callable like it (for LoRA: the policy with its adapters off), or the
     (2B,) errors that the reference has on these very pairs. latents: clean scaled latents of the
-    winners, (B, C, H, W) for images, else as in `add_noise`. encoder_hidden_states: (B, S, D) of
-    their captions, in the dtype that the model takes. losers: shaped like latents,
+    winners, (B, C, H, W) for images, else as in `add_noise`, in the dtype that the model takes.
+    encoder_hidden_states: (B, S, D) of their captions. losers: shaped like latents,
     `random_image(latents)` if None (ValueError for B = 1). beta: tied to the size of the model's
-    errors, as one unit of u is an error difference of 2/β. scheduler, noise, timesteps, generator:
-    as in `make_pairs`; pair_weight and the two weights: as in `sudo_objective`; unet_kwargs: as in
-    `denoising_error`. Raises ValueError for a wrong shape or an unfit scheduler.
+    errors, as one unit of u is an error difference of 2/β; 5000 if None, and to be given for flow
+    matching (else ValueError). scheduler, noise, timesteps, generator: as in `make_pairs`;
+    pair_weight and the two weights: as in `sudo_objective`; unet_kwargs: as in `denoising_error`.
+    Raises ValueError for a wrong shape or an unfit scheduler.
     """
+    if beta is None and _prediction_type(scheduler) == "flow_prediction":
+        raise ValueError("flow matching has no default β: pass beta=, as DDSPO's 2000 for SD3 LoRA")
+    beta = 5000.0 if beta is None else beta
     if losers is None:
         losers = random_image(latents, generator)
     pairs = make_pairs(
@@ -326,10 +320,19 @@ def sudo_loss(
 def frozen_copy(unet: torch.nn.Module) -> torch.nn.Module:
     """The reference: the model as it is now, same dtype and device, in eval mode, no gradient.
 
-    Train the policy in eval mode as well, unless it has dropout: in training mode diffusers lays
-    some tensors out otherwise, and u starts at rounding error (1e-7 times β), not at 0.
+    Train the policy in eval mode as well: in training mode diffusers lays some tensors out
+    otherwise, and u starts at rounding error (1e-7 times β), not at 0. But eval mode silences
+    dropout, LoRA's too, and in diffusers before its pull request 9878 gradient checkpointing; where
+    you need these, train in training mode. Under FSDP or ZeRO-3 make and shard the reference apart,
+    before the policy is sharded, or use LoRA with its adapters off. Raises ValueError where some
+    forward was replaced by a function, which the copy would share (a bound method is fine).
     """
-    return copy.deepcopy(unet).eval().requires_grad_(False)
+    reference = copy.deepcopy(unet)
+    for module, copied in zip(unet.modules(), reference.modules()):
+        own, its = (getattr(f, "func", f) for f in (module.forward, copied.forward))  # or a partial
+        if own == its:
+            raise ValueError("the model's forward was replaced by a function: make the copy before")
+    return reference.eval().requires_grad_(False)
 
 
 # ------------------------------------------- small print
@@ -379,8 +382,5 @@ def _repeat(name: str, value: Any, batch: int) -> Any:
         return type(value)(_repeat(name, item, batch) for item in value)
     if not isinstance(value, Tensor):
         return value
-    if value.ndim == 0 or len(value) != batch:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, expected {batch} rows, one a pair"
-        )
+    _expect(name, value, (batch, *value.shape[1:]))
     return torch.cat([value, value])
