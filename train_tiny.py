@@ -2,27 +2,21 @@
 
     python train_tiny.py --data ./captions.jsonl
     torchrun --nproc-per-node 4 train_tiny.py --data ./captions.jsonl
+    python train_tiny.py --resume out
 
-This trains Stable Diffusion 1.5 where there is a GPU, and the tiny model in lab/tiny-sd where there
-is none. The data has one line {"file_name": "picture.png", "text": "its caption"} per picture, with
-paths relative to the file. Any StableDiffusionPipeline or StableDiffusionXLPipeline with ε- or
-v-prediction can be trained.
-
-The file reads in the order in which a run happens:
-
-1. the configuration, complete and frozen before any work starts;
-2. the data: every row is checked, then every picture and caption is encoded, once;
-3. the randomness of a step, a function of (seed, step): a resumed run, or one on several processes,
-   takes the very steps of one that never stopped;
-4. the loss and the loop;
-5. what a run leaves behind: a checkpoint, metrics.jsonl, samples.png and the pipeline.
+The data has one line {"file_name": "picture.png", "text": "its caption"} per picture. The file
+reads in the order of a run: the flags; the data, encoded once; the randomness of a step, a function
+of (seed, step), so that a resumed run, or one on several processes, takes the steps of one that
+never stopped; the model, its reference, the losses and the loop; and what a run leaves behind.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -30,9 +24,10 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import MISSING, dataclass, field, fields
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, make_dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +35,11 @@ import diffusers
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
+from filelock import FileLock  # comes with torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError  # comes with diffusers
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -50,9 +47,10 @@ from transformers import Adafactor
 
 import sudo
 
-diffusers.utils.logging.set_verbosity_error()  # what is left to say is said here
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+LOGS = (diffusers.utils.logging, transformers.utils.logging)
+for log in LOGS:  # what is left to say is said here
+    log.set_verbosity_error()
+    log.disable_progress_bar()
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # This process, as torchrun numbers it.
@@ -61,120 +59,115 @@ DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+MACHINE = f"{WORLD} x {DEVICE.type} in {'bf16' if BF16 else 'fp32'}"
 SILENT = {"disable": True} if RANK > 0 else {}  # else TQDM_DISABLE decides
 
 WARMUP = 0.25  # share of the steps over which lr rises linearly
 MAX_GRAD_NORM = 1.0
-# These metrics of `sudo_objective` are means over the pairs with weight, the others over all pairs.
-WITH_WEIGHT = ("dpo", "margin", "implicit_acc", "saturated")
-EMPTY = -1  # index of the empty caption, the last of all
-PROMPTS = 8  # captions of the data that samples.png shows
-SAMPLING_STEPS = 30
+EMPTY = 0  # index of the empty caption
+PROMPTS, SAMPLING_STEPS = 8, 30  # of samples.png
+ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]  # layers with LoRA
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-# ------------------------------------------- 1. the configuration
+# ------------------------------------------- 1. the flags
 
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text)
+
+
+def number(kind: type, least: float, most: float) -> Callable:
+    def within(text: str):
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least:g} to {most:g}, not {text}")
+        return value
+
+    return within
+
+
+def path(text: str) -> str:
+    return str(Path(text).expanduser().absolute())
+
+
+COUNT, AMOUNT, SHARE = number(int, 1, 1e9), number(float, 1e-12, 1e12), number(float, 0, 1)
 TINY = str(Path(__file__).parent / "lab" / "tiny-sd")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-
-# What suits a model wherever the flags say nothing else. Those of tiny were chosen on the
-# validation captions of its world. sd15 has the paper's lr and β, and 32 pairs per step where the
-# paper has 2048, so that a run ends within an hour on a 24 GB card; sdxl has the paper's 96.
-RECIPES = {
-    "tiny": dict(model=TINY, steps=300, batch_size=32, grad_accum=1, lr=5e-5, beta=400.0),
-    "sd15": dict(model=SD15, steps=400, batch_size=4, grad_accum=8, lr=1e-6, beta=5000.0),
-    "sdxl": dict(model=SDXL, steps=1000, batch_size=1, grad_accum=96, lr=1e-6, beta=5000.0)
-    | {"optimizer": "adafactor"},  # as in the paper
+RECIPES = ("tiny", "sd15", "sdxl")
+# For each flag its type or choices, what it is where it is not given, perhaps by recipe, and what
+# it means. The recipe of tiny was chosen on the validation captions of its world. sd15 has the
+# paper's lr and β, and 32 pairs per step where the paper has 2048, so that a run ends within an
+# hour on a 24 GB card; sdxl has the paper's 96 and its Adafactor.
+FLAGS = {
+    "data": (path, None, "a jsonl file, or a folder with a metadata.jsonl"),
+    "image_column": (str, "file_name", "column of the pictures' paths, relative to that file"),
+    "caption_column": (str, "text", "column of the captions"),
+    "model": (str, (TINY, SD15, SDXL), "tiny, sd15, sdxl, a folder or a hub name"),
+    "size": (None, (32, 512, 1024), "side of its pictures in pixels"),
+    "output": (path, path("out"), "a new folder"),
+    "loss": (("sudo", "dpo", "sft"), "sudo", "dpo: the preference alone; sft: the MSE term alone"),
+    "lora": (number(int, 0, 1e4), 0, "rank of LoRA adapters; 0 trains all weights"),
+    "steps": (COUNT, (300, 400, 1000), "updates of the weights"),
+    "batch_size": (COUNT, (32, 4, 1), "pairs in a micro-batch of one process"),
+    "grad_accum": (COUNT, (1, 8, 96), "micro-batches in a step"),
+    "lr": (AMOUNT, (5e-5, 1e-6, 1e-6), "learning rate after the warm-up; for LoRA 10 times this"),
+    "sft_lr": (None, (3e-4, 1e-5, 1e-5), "lr of --loss sft, which falls to 0"),
+    "lr_schedule": (("constant", "linear"), "constant", "linear falls to 0 at the end"),
+    "optimizer": (("adamw", "adafactor"), ("adamw", "adamw", "adafactor"), "of the weights"),
+    "beta": (AMOUNT, (400.0, 5000.0, 5000.0), "β; less for a model with larger errors"),
+    "caption_dropout": (SHARE, 0.2, 'share of the captions replaced by ""'),
+    "gradient_checkpointing": (bool, (False, True, True), "less memory for more time"),
+    "memory": (None, (0, 21, 33), "GB of a GPU that can train all weights (lab/fit.py)"),
+    "guidance": (AMOUNT, (1.0, 7.5, 5.0), "scale of samples.png"),
+    "seed": (int, 0, "of everything random"),
+    "checkpoint_every": (COUNT, 100, "steps between checkpoints"),
 }
-# Plain fine-tuning wants a larger lr, which falls to 0; SUDO's is constant, as in the paper.
-SFT_LR = {"tiny": 3e-4, "sd15": 1e-5, "sdxl": 1e-5}
-GUIDANCE = {"tiny": 1.0, "sd15": 7.5, "sdxl": 5.0}  # of samples.png
-# λ1 and λ2 of Eq. 9 by --loss; the official code has no MSE term.
-WEIGHTS = {"sudo": {}, "dpo": {"dpo_weight": 1.0, "mse_weight": 0.0}}
-POSITIVE = {"steps", "batch_size", "grad_accum", "lr", "beta", "checkpoint_every"}
-
-
-def flag(help: str, default=MISSING, **options):
-    """A field that is a flag of the command line; without a default it has the recipe's."""
-    return field(default=default, metadata={"help": help, **options})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """A run: what is trained, on what, and how."""
-
-    data: Path = flag("a jsonl file, or a folder with a metadata.jsonl", required=True)
-    image_column: str = flag("column of the pictures' paths", "file_name")
-    caption_column: str = flag("column of the captions", "text")
-    model: str = flag("sd15, sdxl, tiny, a folder or a hub name; sd15 on a GPU, tiny without one")
-    family: str  # the key of RECIPES that suits the model
-    output: Path = flag("a new folder", Path("out"))
-    loss: str = flag(
-        "sft is the MSE term alone, dpo the preference", "sudo", choices=("sudo", "sft", "dpo")
-    )
-    downgrade: str = flag(
-        "what makes a loser", "random_image", choices=("random_image", "blur", "random_grid")
-    )
-    steps: int = flag("updates of the weights")
-    batch_size: int = flag("pairs in a micro-batch of one process")
-    grad_accum: int = flag("micro-batches in a step")
-    lr: float = flag("learning rate after the warm-up")
-    lr_schedule: str = flag("linear falls to 0 at the end", choices=("constant", "linear"))
-    optimizer: str = flag("adafactor takes less memory", "adamw", choices=("adamw", "adafactor"))
-    beta: float = flag("β, where C of Eq. 8 is -β/2; less for a model with larger errors")
-    caption_dropout: float = flag('share of the captions replaced by ""', 0.2)
-    seed: int = flag("of everything random", 0)
-    precompute_reference: bool = flag("compute the reference's errors first: no second UNet", False)
-    checkpoint_every: int = flag("steps between checkpoints", 100)
-    resume: bool = flag("go on from the checkpoint in --output", False)
-    sample_every: int = flag("steps between samples; 0: only before and after", 0)
+Config = make_dataclass("Config", [*FLAGS, "note", "resume"], frozen=True, kw_only=True)
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The flags, over the recipe of the model, over the defaults of Config."""
+    """The flags over the recipe of the model; with --resume those of the run that goes on."""
     title = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(description=title, argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
-        if f.metadata:
-            kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-            no_default = f.default is MISSING or f.default is False
-            default = "" if no_default else f" (default: {f.default})"
-            kind |= {**f.metadata, "help": f.metadata["help"] + default}
-            parser.add_argument("--" + f.name.replace("_", "-"), **kind)
+    for name, (kind, default, meaning) in FLAGS.items():
+        how = {"type": kind} if callable(kind) else {"choices": kind}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        if kind:
+            how["help"] = f"{meaning} (default: {default})"
+            parser.add_argument("--" + name.replace("_", "-"), **how)
+    parser.add_argument("--resume", type=path, help="go on with the run in a folder, by its flags")
     given = vars(parser.parse_args(argv))
-    for name in given.keys() & POSITIVE:
-        if not 0 < given[name] < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, not {given[name]}")
+    if output := given.pop("resume", None):
+        if given:
+            parser.error("--resume takes all flags from the run that it resumes: leave out others")
+        saved = load_checkpoint(output)["config"]
+        return Config(**saved | {"output": output, "resume": True})
+    if "data" not in given:
+        parser.error("--data is missing, the captions.jsonl of your pictures")
 
-    if "model" not in given and DEVICE.type == "cpu" and RANK == 0:
-        print("No GPU found: training the tiny model in lab/tiny-sd, not Stable Diffusion 1.5.")
-    model = given.pop("model", "sd15" if DEVICE.type == "cuda" else "tiny")
-    family, own = (model, {}) if model in RECIPES else (family_of(model), {"model": model})
-    sft = {"lr": SFT_LR[family], "lr_schedule": "linear"} if given.get("loss") == "sft" else {}
-    recipe = {"family": family, "lr_schedule": "constant", **RECIPES[family], **sft}
-    config = Config(**recipe | own | given)
-    if not 0 <= config.caption_dropout <= 1:
-        parser.error("--caption-dropout is a share, from 0 to 1")
-    return config
+    cuda, note = DEVICE.type == "cuda", ""
+    if "model" not in given and not cuda:
+        note = "No GPU found: this is the tiny model of lab/, which draws coloured shapes alone. "
+    model = given.pop("model", "sd15" if cuda else "tiny")
+    known, own = (model, {}) if model in RECIPES else inspect(model)
+    column = RECIPES.index(known)
+    recipe = {k: v[column] if isinstance(v, tuple) else v for k, (_, v, _) in FLAGS.items()} | own
+    if given.get("loss") == "sft":
+        recipe |= {"lr": recipe["sft_lr"], "lr_schedule": "linear"}
+    size = torch.cuda.get_device_properties(DEVICE).total_memory / 1e9 if cuda else math.inf
+    if "lora" not in given and size < recipe["memory"]:
+        recipe["lora"], need = 16, recipe["memory"]
+        note = f"This GPU has {size:.0f} GB, all weights (--lora 0) need about {need}. "
+    if given.get("lora", recipe["lora"]):
+        recipe["lr"] *= 10
+        if not find_spec("peft"):
+            sys.exit("LoRA needs peft: pip install peft, or train all weights by --lora 0.")
+    return Config(**recipe | given, note=note, resume=False)
 
 
-def family_of(model: str) -> str:
-    """The recipe for a folder or a hub name, by its configuration files alone."""
-    families = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-    kind = load(DiffusionPipeline.load_config, model).get("_class_name")
-    scheduler = load(DDPMScheduler.load_config, model, subfolder="scheduler")
-    prediction_type = scheduler.get("prediction_type", "epsilon")
-    known = prediction_type in ("epsilon", "v_prediction") and "beta_schedule" in scheduler
-    if kind not in families or not known:
-        sys.exit(
-            f"{model} is a {kind} with {scheduler.get('_class_name')} and prediction_type "
-            f"{prediction_type!r}. What can be trained is a {' or a '.join(families)} with a "
-            "beta_schedule and 'epsilon' or 'v_prediction'."
-        )
-    unet = load(UNet2DConditionModel.load_config, model, subfolder="unet")
-    # These are the widths of lab/tiny-sd and of what was trained from it.
-    return "tiny" if unet["block_out_channels"] == [40, 80] else families[kind]
+# ------------------------------------------- 2. the data
 
 
 def load(from_model: Callable, model: str, **options):
@@ -182,84 +175,123 @@ def load(from_model: Callable, model: str, **options):
         return from_model(model, **options)
     except (OSError, ValueError) as error:
         sys.exit(
-            f"No pipeline could be loaded from {model!r}: {str(error).strip().splitlines()[0]}\n"
-            "--model takes the folder of a diffusers pipeline with a UNet, the name of one on a "
-            "hub that can be reached, or tiny."
+            f"{model} is no pipeline that can be loaded: {str(error).strip().splitlines()[0]}\n--model "
+            "takes tiny, sd15, sdxl, a diffusers folder, or a name on a hub that can be reached. Of a "
+            "variant alone, as in model.fp16.safetensors, save it anew without: "
+            "from_pretrained(..., variant='fp16').save_pretrained(...)."
         )
 
 
-# ------------------------------------------- 2. the data
+def inspect(model: str) -> tuple[str, dict]:
+    """The recipe that suits a folder or a hub name, by its configuration files, and its own values.
+
+    Exits with the first field that is not what it must be, before anything else is read.
+    """
+    model = path(model) if Path(path(model)).exists() else model
+    kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "scheduler": DDPMScheduler}
+    says = {part: load(kind.load_config, model, subfolder=part) for part, kind in kinds.items()}
+    says["pipeline"] = load(DiffusionPipeline.load_config, model)
+    added = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "text_time"}
+    none = "class_embed_type num_class_embeds encoder_hid_dim time_cond_proj_dim".split()
+    channels, whole = says["vae"].get("latent_channels", 4), range(1, 10**5)
+    must = {
+        "pipeline": {"_class_name": [*added]},
+        "vae": {"_class_name": ["AutoencoderKL"]},
+        "unet": {"_class_name": ["UNet2DConditionModel"]}
+        | {"addition_embed_type": [added.get(says["pipeline"].get("_class_name"))]}
+        | dict.fromkeys(("in_channels", "out_channels"), [channels])
+        | dict.fromkeys(("sample_size", "cross_attention_dim"), whole)
+        | dict.fromkeys(none, [None]),
+        "scheduler": {
+            "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
+            "prediction_type": ["epsilon", "v_prediction", None],
+            "timestep_type": ["discrete", None],
+            "use_flow_sigmas": [False, None],
+        },
+    }
+    for part, name in ((part, name) for part in must for name in must[part]):
+        if (value := says[part].get(name)) not in (right := must[part][name]):
+            right = "a whole number" if right is whole else " or ".join(map(str, right))
+            sys.exit(f"{model} cannot be trained: {name} of its {part} is {value}, not {right}.")
+    size = says["unet"]["sample_size"] * 2 ** (len(says["vae"]["block_out_channels"]) - 1)
+    width = says["unet"]["cross_attention_dim"]
+    known = "tiny" if width < 768 else "sd15" if width < 2048 else "sdxl"
+    return known, {"model": model, "size": size}
+
+
+def load_pipeline(model: str) -> DiffusionPipeline:
+    """The pipeline in fp32, on the CPU; exits if weights or words are missing from its files."""
+    index, parts = load(DiffusionPipeline.load_config, model), {}
+    for log in LOGS:  # what the loaders of the parts warn of is for the user
+        log.set_verbosity_warning()
+    for name in [name for name in index if name in ("vae", "unet") or name.startswith("text_enc")]:
+        kind = getattr(sys.modules[index[name][0]], index[name][1])
+        given = {"subfolder": name, "dtype": torch.float32, "output_loading_info": True}
+        parts[name], info = load(kind.from_pretrained, model, **given)
+        if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
+            sys.exit(f"{model} lacks {len(missing)} weights of its {name}, such as {missing[0]}.")
+    for log in LOGS:
+        log.set_verbosity_error()
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    pipe = load(DiffusionPipeline.from_pretrained, model, **parts)
+    for name, tokenizer in pipe.components.items():
+        if name.startswith("tokenizer"):
+            words = parts[name.replace("tokenizer", "text_encoder")].config.vocab_size
+            if len(tokenizer or ()) < words:
+                sys.exit(f"{model} lacks files of its {name}, which should know {words} words.")
+    return pipe
 
 
 class Row(NamedTuple):
     file: Path
     text: str
-    digest: str  # of the file's bytes: copies of a picture are one picture
+    digest: str  # of the pixels that the model sees: copies of a picture are one picture
 
 
-def read_rows(data: Path, image_column: str, caption_column: str, losers: bool = True) -> list[Row]:
-    """The rows of a jsonl, each picture decoded; exits with a sentence for each kind of fault.
-
-    With `losers` each row must find one, a row with another picture and another caption.
-    """
-    data = data / "metadata.jsonl" if data.is_dir() else data
+def read_rows(data: str, image_column: str, caption_column: str, size: int) -> list[Row]:
+    """The rows of a jsonl, each picture decoded; exits with a line for each faulty row."""
+    data = Path(data, "metadata.jsonl") if os.path.isdir(data) else Path(data)
     try:
         lines = data.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"--data wants a jsonl in UTF-8, or a folder with a metadata.jsonl: {error}")
-    rows, faults, sentences = [], {}, []
+    rows, faults = [], []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append(read_row(line, data.parent, image_column, caption_column))
-        except ValueError as error:
-            faults.setdefault(str(error), []).append(str(number))
-    if faults:
-        for fault, numbers in faults.items():
-            first, more = ", ".join(numbers[:10]), f" and {len(numbers) - 10} more"
-            where = f"{data}, line {first}{more if len(numbers) > 10 else ''}"
-            sentences.append(f"{where}: {fault}")
-        count = sum(map(len, faults.values()))
-        sys.exit("\n".join([*sentences[:10], f"{count} faulty lines: mend or remove them."]))
-    by_digest, by_text = Counter(row.digest for row in rows), Counter(row.text for row in rows)
-    by_both = Counter((row.digest, row.text) for row in rows)
-    unfit = (by_digest[d] + by_text[t] - n for (d, t), n in by_both.items())
-    if not rows or losers and len(rows) in unfit:
-        sys.exit(
-            f"{data}: every row needs a loser, a row with another picture and another caption. "
-            f"Add some to the {len(rows)} that are there."
-        )
+                row = json.loads(line)
+                name, text = (column_of(row, name) for name in (image_column, caption_column))
+                pixels = load_picture(file := data.parent / Path(name).expanduser(), size)
+                digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+                rows.append(Row(file, text.strip(), digest))
+        except Exception as error:  # Pillow has many names for a broken picture
+            faults.append(f"{data}:{number}: {error}")
+    if faults or not rows:
+        faults[10:] = [f"{data} has {len(rows)} sound rows and {len(faults)} faulty ones."]
+        sys.exit("\n".join(faults))
     return rows
 
 
-def read_row(line: str, folder: Path, image_column: str, caption_column: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
-    for column in (image_column, caption_column):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            wanted = json.dumps({image_column: "picture.png", caption_column: "its caption"})
-            there = ", ".join(row) if isinstance(row, dict) else "none"
-            raise ValueError(
-                f"no text under {column!r}. The columns that are there: {there}. A row should be "
-                f"like {wanted}; --image-column and --caption-column take other names."
-            )
-    row[caption_column].encode()  # half of a surrogate pair is a ValueError here
-    file = folder / row[image_column]
-    try:
-        load_picture(file, 8)
-    except Exception as error:  # Pillow has many names for a broken file
-        raise ValueError(f"no picture under {image_column!r}: {error}, in {str(file)!r}") from None
-    return Row(file, row[caption_column].strip(), hashlib.sha256(file.read_bytes()).hexdigest())
+def column_of(row: dict, name: str) -> str:
+    if not isinstance(row, dict) or name not in row:
+        raise ValueError(f"there is no {name!r}; --image-column and --caption-column name others")
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name!r} must be one string")
+    row[name].encode()  # half of a surrogate pair is a ValueError here
+    return row[name]
 
 
 def load_picture(file: Path, size: int) -> Tensor:
     """Turned by its EXIF, flattened on white, cropped at the centre: [3, size, size] in -1..1."""
     with Image.open(file) as picture:
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+        if picture.mode in ("I", "F"):
+            raise ValueError("its 32-bit pixels have no agreed range: save it with 8 or 16 bits")
+        if picture.mode.startswith("I;16"):  # which Pillow would clip to 8 bits
             picture = picture.point(lambda value: value * (1 / 256)).convert("L")
-        rgba = ImageOps.exif_transpose(picture).convert("RGBA")
+        with suppress(Exception):  # the pixels may be sound where EXIF is not
+            picture = ImageOps.exif_transpose(picture)
+        rgba = picture.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     raw = bytearray(ImageOps.fit(flat, (size, size)).tobytes())
     pixels = torch.frombuffer(raw, dtype=torch.uint8).view(size, size, 3)
@@ -269,54 +301,92 @@ def load_picture(file: Path, size: int) -> Tensor:
 class Data(NamedTuple):
     """Everything the steps read: N rows with M different captions, on the CPU and in fp16."""
 
-    latents: Tensor  # [N, C, h, w], clean and scaled; of blur and random_grid N losers follow
+    latents: Tensor  # [N, C, h, w], clean and scaled
+    losers: Tensor | None  # [N, C, h, w], one for each row; None: drawn from the other rows
     picture: Tensor  # [N], the same number for the same picture
-    caption: Tensor  # [N], index into the conditions; the last one, EMPTY, belongs to ""
-    conditions: dict  # of tensors [M + 1, ...]; SDXL's further ones under "added_cond_kwargs"
+    caption: Tensor  # [N], index into the conditions, the same for the same words
+    conditions: dict  # of tensors [1 + M, ...]; SDXL's further ones under "added_cond_kwargs"
+    texts: list  # [1 + M], a caption for each condition: "", then in the order of the rows
     num_timesteps: int  # T of the noise schedule
-    reference: Tensor | None = None  # with --precompute-reference: errors, in fp32 on the device
+
+
+def number_captions(pipe: DiffusionPipeline, rows: list[Row]) -> tuple[list[int], list[str]]:
+    """Each row's caption as a number, equal where the model sees equal words, and a text for each.
+
+    Tokenizers fold case and spaces and cut what is too long. Number 0, EMPTY, is that of "".
+    """
+    texts, limit = ["", *(row.text for row in rows)], pipe.tokenizer.model_max_length
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt(texts, pipe.tokenizer)).input_ids
+    if cut := sum(len(each) > limit for each in ids):
+        say(f"{cut} captions have more than {limit} tokens, and the model sees them cut there.")
+    words = [(*each[: limit - 1], each[-1]) for each in ids]
+    first = dict(zip(words[::-1], texts[::-1]))
+    number = {each: i for i, each in enumerate(dict.fromkeys(words))}
+    return [number[each] for each in words[1:]], [first[each] for each in number]
 
 
 @torch.no_grad()
-def encode(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> Data:
-    """Each picture through the VAE, each caption through the text encoders, once and for all."""
-    pipe.to(DEVICE)
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    at_once = 4 if size <= 512 else 1
-    swap = partial(sudo.random_grid, generator=generator(config.seed, "swaps"))
-    # Without one of these, the loser is another row.
-    downgrade = {"blur": sudo.blur, "random_grid": swap}.get(config.downgrade)
+def encode(pipe: DiffusionPipeline, rows: list[Row], downgrade: Callable | None = None) -> Data:
+    """Each caption through the text encoders and each picture through the VAE, once and for all.
 
-    def to_latents(pixels: Tensor) -> Tensor:
-        posterior = pipe.vae.encode(pixels.to(DEVICE)).latent_dist
-        return (posterior.mode() * pipe.vae.config.scaling_factor).half().cpu()
+    downgrade makes losers of winners, (B, 3, H, W) pixels in -1..1, as `sudo.blur` does. Without it
+    losers are other rows, and a row that finds none ends the run before anything slow.
+    """
+    caption, texts = number_captions(pipe, rows)
+    picture = [
+        *map({row.digest: i for i, row in enumerate(rows)}.get, (row.digest for row in rows))
+    ]
+    like, alike, both = Counter(picture), Counter(caption), Counter(zip(picture, caption))
+    if downgrade is None and len(rows) in (like[p] + alike[c] - both[p, c] for p, c in both):
+        sys.exit(
+            "Every row needs a loser, a row with another picture and another caption as the model "
+            f"sees them: add some to the {len(rows)} that are there."
+        )
 
-    winners, losers, prompts = [], [], []
-    for i in tqdm(range(0, len(rows), at_once), "encoding pictures", **SILENT):
-        pixels = torch.stack([load_picture(row.file, size) for row in rows[i : i + at_once]])
-        winners.append(to_latents(pixels))
-        if downgrade:
-            losers.append(to_latents(downgrade(pixels)))
-    texts = [*dict.fromkeys(row.text for row in rows if row.text), ""]
-    one_each = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
+    for encoder in encoders:  # the UNet stays where it is, so that this fits where training does
+        encoder.to(DEVICE)
+    prompts = []
     for i in tqdm(range(0, len(texts), 32), "encoding captions", **SILENT):
-        prompt = pipe.encode_prompt(texts[i : i + 32], device=DEVICE, **one_each)
+        given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        prompt = pipe.encode_prompt(texts[i : i + 32], device=DEVICE, **given)
         prompts.append([part.half().cpu() for part in prompt if part is not None])
-    pipe.to("cpu")
-
+    for encoder in encoders:
+        encoder.to("cpu")
     words, *pooled = (torch.cat(parts) for parts in zip(*prompts))
     if pipe.config.get("force_zeros_for_empty_prompt"):  # SDXL: so it was trained, and so it guides
         words[EMPTY], pooled[0][EMPTY] = 0, 0
     conditions = {"encoder_hidden_states": words}
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     if pooled:  # the time ids are original size, crop and target size
         time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(texts))
         conditions["added_cond_kwargs"] = {"text_embeds": pooled[0], "time_ids": time_ids}
-    picture, caption = {}, {text: i for i, text in enumerate(texts)} | {"": EMPTY}
+
+    vae, mean, scale = pipe.vae.to(DEVICE), 0.0, pipe.vae.config.scaling_factor
+    if pooled and vae.config.latents_mean:  # SDXL's pipeline decodes with them, SD's does not
+        mean, std = (
+            torch.tensor(values, device=DEVICE).view(1, -1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        scale = scale / std
+
+    def to_latents(pixels: Tensor) -> Tensor:
+        return ((vae.encode(pixels.to(DEVICE)).latent_dist.mode() - mean) * scale).half().cpu()
+
+    latents, losers, at_once = [], [], 4 if size <= 512 else 1
+    for i in tqdm(range(0, len(rows), at_once), "encoding pictures", **SILENT):
+        pixels = torch.stack([load_picture(row.file, size) for row in rows[i : i + at_once]])
+        latents.append(to_latents(pixels))
+        if downgrade:
+            losers.append(to_latents(downgrade(pixels)))
+    vae.to("cpu")
     return Data(
-        latents=torch.cat(winners + losers),
-        picture=torch.tensor([picture.setdefault(row.digest, len(picture)) for row in rows]),
-        caption=torch.tensor([caption[row.text] for row in rows]),
+        latents=torch.cat(latents),
+        losers=torch.cat(losers) if downgrade else None,
+        picture=torch.tensor(picture),
+        caption=torch.tensor(caption),
         conditions=conditions,
+        texts=texts,
         num_timesteps=pipe.scheduler.config.num_train_timesteps,
     )
 
@@ -345,9 +415,7 @@ def draw(data: Data, config: Config, step: int) -> tuple[Tensor, ...]:
     noise = torch.randn(G, *data.latents.shape[1:], generator=random)
     empty = torch.rand(G, generator=random) < config.caption_dropout
     captions = data.caption[rows].masked_fill(empty, EMPTY)
-    if len(data.latents) > N:
-        return rows, rows + N, captions, timesteps, noise
-    losers, unfit = rows.clone(), torch.ones(G, dtype=torch.bool)
+    losers, unfit = rows.clone(), torch.full((G,), data.losers is None)
     while unfit.any():  # uniform over the rows with another picture and another caption
         losers[unfit] = torch.randint(N, (int(unfit.sum()),), generator=random)
         same_picture = data.picture[losers] == data.picture[rows]
@@ -358,22 +426,18 @@ def draw(data: Data, config: Config, step: int) -> tuple[Tensor, ...]:
 def micro_batches(data: Data, config: Config, step: int) -> Iterator[dict]:
     """What this process passes to the loss, by name, for each micro-batch of a step."""
     rows, losers, captions, timesteps, noise = draw(data, config, step)
-    # An empty caption favours neither image: there is nothing to prefer.
-    pair_weight = (captions != EMPTY).float()
     for k in range(config.grad_accum):
         first = (k * WORLD + RANK) * config.batch_size
         mine = slice(first, first + config.batch_size)
-        batch = {
+        yield {
             "latents": pick(rows[mine], data.latents),
-            "losers": pick(losers[mine], data.latents),
+            "losers": pick(losers[mine], data.latents if data.losers is None else data.losers),
             "noise": pick(mine, noise),
             "timesteps": pick(mine, timesteps),
-            "pair_weight": pick(mine, pair_weight),
+            # An empty caption favours neither image: there is nothing to prefer.
+            "pair_weight": pick(mine, (captions != EMPTY).float()),
             **pick(captions[mine], data.conditions),
         }
-        if data.reference is not None:
-            batch["reference"] = data.reference[step, k * WORLD + RANK]
-        yield batch
 
 
 def pick(rows: Tensor | slice, values: Tensor | dict) -> Tensor | dict:
@@ -385,57 +449,90 @@ def pick(rows: Tensor | slice, values: Tensor | dict) -> Tensor | dict:
     return picked.to(DEVICE, non_blocking=True)
 
 
-# ------------------------------------------- 4. the loss and the loop
+# ------------------------------------------- 4. the model, its reference, the losses and the loop
 
 
 def half_precision() -> torch.autocast:
-    """bf16 autocast on a GPU whose hardware has it, nothing elsewhere; the weights stay fp32.
+    """bf16 autocast on a GPU whose hardware has it; trained weights stay fp32.
 
     A pass casts each weight where it uses it; a cache would hold bf16 copies of all of them.
     """
     return torch.autocast(DEVICE.type, torch.bfloat16, BF16, cache_enabled=False)
 
 
-def sft_loss(unet, scheduler, latents, noise, timesteps, losers, pair_weight, **conditions):
-    """The MSE term of Eq. 9 alone, on the winners alone: what SUDO is compared with."""
-    noisy = sudo.add_noise(latents, noise, timesteps, scheduler)
-    target = sudo.training_target(latents, noise, timesteps, scheduler)
-    loss = (unet(noisy, timesteps, **conditions).sample.float() - target).square().mean()
-    return loss, dict.fromkeys(("loss", "winner_error"), loss.detach())
+def held_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
+    """Frozen weights that autocast casts in every pass anyway: the same arithmetic in half the room."""
+    for layer in model.modules() if BF16 else ():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not layer.weight.requires_grad:
+            layer.bfloat16()
+    return model
 
 
-@torch.no_grad()
-def pair_errors(unet, scheduler, latents, losers, noise, timesteps, pair_weight=None, **conditions):
-    """The errors of a UNet on a micro-batch, as `sudo_loss` computes them: [2B]."""
-    pairs = sudo.make_pairs(scheduler, latents, losers, noise=noise, timesteps=timesteps)
-    with half_precision():
-        return sudo.denoising_error(unet, pairs, **conditions)
+def add_adapters(unet: UNet2DConditionModel, config: Config) -> Callable:
+    """LoRA beside the frozen weights of the UNet; returns the reference, the UNet without them."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    torch.manual_seed(config.seed)
+    # With alpha = rank adapters have the scale 1, as loaders assume where a file holds no alpha.
+    lora = LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=ADAPTED)
+    unet.requires_grad_(False).add_adapter(lora)
+    layers = [layer for layer in unet.modules() if isinstance(layer, BaseTunerLayer)]
 
-def reference_errors(unet, scheduler, data: Data, config: Config) -> Tensor:
-    """The errors in each micro-batch of the run, of all processes: [steps, micro-batches, 2B]."""
-    shape = config.steps, config.grad_accum * WORLD, 2 * config.batch_size
-    errors = torch.zeros(shape, device=DEVICE)
-    for step in tqdm(range(config.steps), "reference errors", **SILENT):
-        for k, batch in enumerate(micro_batches(data, config, step)):
-            errors[step, k * WORLD + RANK] = pair_errors(unet, scheduler, **batch)
-    if WORLD > 1:
-        dist.all_reduce(errors)  # each process left the entries of the others at 0
-    return errors
+    def reference(*inputs, **kwargs):
+        try:
+            for layer in layers:  # peft's own switch visits every weight: 30 times as slow
+                layer._disable_adapters = True
+            return unet(*inputs, **kwargs)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    return reference
 
 
 def prepare(pipe: DiffusionPipeline, config: Config):
-    """The UNet to train, on the device, and its optimizer."""
+    """The UNet to train and its reference (None for SFT), on the device, and the optimizer."""
     # In eval mode, as the reference is: u then starts at exactly 0, see `frozen_copy`.
-    unet = pipe.unet.to(DEVICE, memory_format=torch.channels_last).eval()
-    if config.family != "tiny":  # a small model fits without, and is faster
+    unet, place = pipe.unet.eval(), {"device": DEVICE, "memory_format": torch.channels_last}
+    reference = add_adapters(unet, config) if config.lora else None
+    if not config.lora and config.loss != "sft":
+        reference = held_in_bf16(sudo.frozen_copy(unet)).to(**place)
+    held_in_bf16(unet).to(**place)
+    if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if config.optimizer == "adafactor":
-        fixed_lr = {"scale_parameter": False, "relative_step": False}
-        optimizer = Adafactor(unet.parameters(), config.lr, weight_decay=1e-2, **fixed_lr)
-    else:
-        optimizer = torch.optim.AdamW(unet.parameters(), config.lr, weight_decay=1e-2, fused=True)
-    return unet, optimizer
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return unet, reference, torch.optim.AdamW(trained, config.lr, weight_decay=1e-2, fused=True)
+    fixed_lr = {"scale_parameter": False, "relative_step": False}
+    return unet, reference, Adafactor(trained, config.lr, weight_decay=1e-2, **fixed_lr)
+
+
+def sft_loss(
+    unet,
+    reference,
+    scheduler,
+    latents,
+    *,
+    beta,
+    losers,
+    noise,
+    timesteps,
+    pair_weight,
+    **conditions,
+):
+    """The MSE term of Eq. 9 alone, on all winners: what SUDO is compared with."""
+    noisy = sudo.add_noise(latents, noise, timesteps, scheduler)
+    target = sudo.training_target(latents, noise, timesteps, scheduler)
+    loss = (unet(noisy, timesteps, **conditions).sample.float() - target).square().mean()
+    return loss, {"pairs": torch.ones_like(pair_weight).sum(), "winner_error": loss.detach()}
+
+
+LOSSES = {
+    "sudo": sudo.sudo_loss,
+    "dpo": partial(sudo.sudo_loss, dpo_weight=1.0, mse_weight=0.0),
+    "sft": sft_loss,
+}
 
 
 def lr_factor(step: int, steps: int, schedule: str) -> float:
@@ -464,57 +561,65 @@ def train(
                 with half_precision():
                     loss, metrics = loss_fn(policy, **batch)
                 (loss / config.grad_accum).backward()
-            sums = sums + weighted(metrics, batch["pair_weight"])
+            pairs = metrics.pop("pairs")  # the number that the other metrics are means over
+            part = loss.detach() / (config.grad_accum * WORLD)
+            sums = sums + torch.stack([part, pairs, *(pairs * mean for mean in metrics.values())])
         if WORLD > 1:
             dist.all_reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_GRAD_NORM)
         # The one place in a step that waits for the GPU: nothing infinite may reach the weights.
-        *means, norm = torch.cat([sums[0] / sums[1].clamp(min=1), norm[None]]).tolist()
-        metrics = dict(zip(metrics, means))
-        if not math.isfinite(metrics["loss"] + norm):
-            raise FloatingPointError(f"its loss is {metrics['loss']}, its gradient norm {norm}")
+        loss, pairs, *totals, norm = torch.cat([sums, norm[None]]).tolist()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"the loss of step {step} is {loss}, its gradient norm {norm}")
 
         lr = config.lr * lr_factor(step, config.steps, config.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        yield {"step": step, "lr": lr, **metrics, "grad_norm": norm, "seconds": seconds}
+        row = {"step": step, "lr": lr, "loss": loss, "grad_norm": norm, "pairs": pairs}
+        row |= {name: total / max(pairs, 1) for name, total in zip(metrics, totals)}
+        yield row | {"seconds": time.perf_counter() - began}
 
 
-def weighted(metrics: dict[str, Tensor], pair_weight: Tensor) -> Tensor:
-    """Sums of the metrics over the pairs they are means of, and the numbers of those: [2, n]."""
-    with_weight, pairs = (pair_weight != 0).sum(), torch.ones_like(pair_weight).sum()
-    counts = torch.stack([with_weight if name in WITH_WEIGHT else pairs for name in metrics])
-    return torch.stack([torch.stack(list(metrics.values())) * counts, counts])
+# ------------------------------------------- 5. the run, and what it leaves behind
 
 
-# ------------------------------------------- 5. what a run leaves behind
+@contextmanager
+def claimed(output: Path, resume: bool) -> Iterator[None]:
+    """Hold the folder for this run alone; it goes again if the run ends without a checkpoint."""
+    # What a killed run left before its first checkpoint gives way to the next.
+    leftovers = {".lock", "metrics.jsonl", "samples.png", "checkpoint.unfinished"}
+    try:
+        if not resume and output.exists() and {f.name for f in output.iterdir()} - leftovers:
+            sys.exit(f"{output} is in use: name a new --output, or go on by --resume {output}.")
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock").acquire(blocking=False)
+    except OSError as error:
+        sys.exit(f"{output} cannot be written to, or another run does: {error}")
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+        if not (output / "checkpoint.pt").exists():
+            shutil.rmtree(output, ignore_errors=True)
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Exit if --output cannot take the run, before anything slow starts."""
-    if resume and not (output / "checkpoint.pt").exists():
-        sys.exit(f"{output} holds no checkpoint to resume: leave out --resume to begin a run.")
-    if not resume and output.exists():
-        # A run that ended before its first checkpoint gives way to the next.
-        remains = "metrics.jsonl", "checkpoint.unfinished", "samples-"
-        if not output.is_dir() or not all(f.name.startswith(remains) for f in output.iterdir()):
-            sys.exit(f"{output} is in use: name a new --output, or --resume the run in it.")
-    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        sys.exit(f"{output} cannot be made in {parent}: name a new --output.")
+def depends_on(pipe: DiffusionPipeline, rows: list[Row]) -> dict:
+    """What the steps depend on beside the flags: a run is resumed only where it is the same."""
+    data = zlib.crc32(repr([(row.text, row.digest) for row in rows]).encode())
+    model = zlib.crc32(repr(sorted(pipe.scheduler.config.items())).encode())
+    for part in (part for part in pipe.components.values() if isinstance(part, torch.nn.Module)):
+        for weight in part.state_dict().values():
+            model = zlib.crc32(weight.flatten().view(torch.uint8).numpy(), model)
+    return {"data": f"{len(rows)} rows ({data:08x})", "model": f"{model:08x}", "machine": MACHINE}
 
 
-def identity(rows: list[Row], config: Config) -> dict:
-    """What a run must have in common with the checkpoint that it resumes."""
-    names = "model steps batch_size grad_accum lr lr_schedule optimizer beta loss downgrade "
-    names += "caption_dropout seed precompute_reference"
-    run = {name: getattr(config, name) for name in names.split()}
-    content = repr([(row.digest, row.text) for row in rows])
-    data = f"{len(rows)} rows with checksum {zlib.crc32(content.encode()):08x}"
-    return run | {"processes": WORLD, "data": data}
+def load_checkpoint(output: str) -> dict:
+    try:
+        return torch.load(Path(output, "checkpoint.pt"), "cpu", weights_only=True, mmap=True)
+    except OSError:
+        sys.exit(f"{output} holds no checkpoint to resume.")
 
 
 def save_checkpoint(output: Path, **state) -> None:
@@ -527,162 +632,139 @@ def save_checkpoint(output: Path, **state) -> None:
     os.replace(beside, output / "checkpoint.pt")
 
 
-def load_checkpoint(output: Path, run: dict) -> dict:
-    """The checkpoint in --output; exits with a sentence if it is of another run."""
-    saved = torch.load(output / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
-    was = saved["run"]
-    changed = [
-        f"{name} was {was.get(name)} and is {run[name]}"
-        for name in run
-        if was.get(name) != run[name]
-    ]
-    if changed:
-        sys.exit(
-            f"The run in {output} is another: {'; '.join(changed)}. Resume it with its own "
-            f"settings, or train its result further with --model {output} and a new --output."
-        )
-    return saved
+def save_trained(pipe: DiffusionPipeline, config: Config, folder: Path) -> None:
+    """What is trained, as diffusers saves it: the LoRA file or the UNet."""
+    if not config.lora:
+        return pipe.unet.save_pretrained(folder)
+    from peft.utils import get_peft_model_state_dict
+
+    pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+
+
+def save_pipeline(pipe: DiffusionPipeline, config: Config) -> None:
+    """The whole pipeline, with the adapters fused into its UNet and the LoRA file beside it."""
+    if config.lora:
+        save_trained(pipe, config, config.output)
+        # Anew in fp32: in weights that are held in bf16 small updates would be rounded away.
+        pipe.unet = UNet2DConditionModel.from_pretrained(config.model, subfolder="unet")
+        pipe.unet.load_lora_adapter(config.output, weight_name=LORA_FILE, prefix="unet")
+        pipe.unet.fuse_lora()
+        pipe.unet.unload_lora()
+    pipe.save_pretrained(config.output)
 
 
 @torch.no_grad()
-def sample(pipe: DiffusionPipeline, prompts: list[str], config: Config) -> list[Image.Image]:
-    """A picture for each prompt from fixed seeds; leaves all but the UNet on the CPU."""
-    pipe.to(DEVICE).set_progress_bar_config(desc="sampling", leave=False)
-    options = {"guidance_scale": GUIDANCE[config.family], "num_inference_steps": SAMPLING_STEPS}
-    pictures = []
-    for i, prompt in enumerate(prompts):
-        rng = torch.Generator().manual_seed(config.seed + i)
+def sample(pipe: DiffusionPipeline, data: Data, config: Config) -> list[Image.Image]:
+    """A picture for each of the first captions, from fixed seeds, by the UNet as it is held."""
+    text = [name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))]
+    drawing, pictures = copy.copy(pipe), []
+    drawing.register_modules(**dict.fromkeys(text))  # captions are encoded, so none of these works
+    drawing.set_progress_bar_config(desc="sampling", leave=False)
+    pipe.vae.to(DEVICE).use_tiling = config.size > 512
+    for i, number in enumerate(range(1, len(data.texts))[:PROMPTS] or [EMPTY]):
+        given = {"guidance_scale": config.guidance, "num_inference_steps": SAMPLING_STEPS}
+        for prefix, row in (("", number), ("negative_", EMPTY)):
+            condition = pick(torch.tensor([row]), data.conditions)
+            given[prefix + "prompt_embeds"] = condition["encoder_hidden_states"]
+            if added := condition.get("added_cond_kwargs"):
+                given[prefix + "pooled_prompt_embeds"] = added["text_embeds"]
         with half_precision():
-            pictures += pipe(prompt, generator=rng, **options).images
-    pipe.to("cpu").unet.to(DEVICE)
+            rng = torch.Generator().manual_seed(config.seed + i)
+            pictures += drawing(**given, generator=rng).images
+    pipe.vae.to("cpu")
     return pictures
 
 
-def sheet(prompts: list[str], **rows: list[Image.Image]) -> Image.Image:
+def sheet(texts: list[str], **rows: list[Image.Image]) -> Image.Image:
     """The rows of pictures one above the other, each picture over its caption."""
     tiles, font = [], ImageFont.load_default(16)
     for name, pictures in rows.items():
-        for i, (prompt, picture) in enumerate(zip(prompts, pictures), 1):
+        for i, (text, picture) in enumerate(zip(texts, pictures), 1):
             tile = Image.new("RGB", (190, 300), "white")
             tile.paste(ImageOps.expand(picture.resize((178, 178)), 1, "gray"), (5, 5))
             # The font has Western letters only.
-            text = prompt if all(ord(c) < 256 for c in prompt) else f"caption {i} of the data"
+            text = text if all(ord(c) < 256 for c in text) else f"caption {i} of the data"
             text = textwrap.fill(f"{name}: {text}", 22, max_lines=5)
             ImageDraw.Draw(tile).text((6, 190), text, "black", font)
             tiles.append(tile)
-    return make_image_grid(tiles, len(rows), len(prompts))
+    return make_image_grid(tiles, len(rows), len(tiles) // len(rows))
 
 
-def announce(pipe: DiffusionPipeline, rows: list[Row], config: Config) -> None:
-    """What is trained on what and how, in one line, and what the user may not expect."""
-    pairs = config.batch_size * config.grad_accum * WORLD
-    slow = "fp32, which takes at least twice the time and more memory: this GPU has no bf16"
-    precision = "bf16" if BF16 else slow if DEVICE.type == "cuda" else "fp32"
-    print(
-        f"{config.loss}: {config.model} on {len(rows)} pictures, {config.steps} steps of {pairs} "
-        f"pairs, lr {config.lr:g}, β {config.beta:g}, on {WORLD} x {DEVICE.type} in {precision}."
+def run(config: Config) -> None:
+    output, columns = Path(config.output), (config.image_column, config.caption_column)
+    rows = read_rows(config.data, *columns, config.size)
+    what = f"LoRA of rank {config.lora}" if config.lora else "all weights"
+    say(
+        f"{config.note}{config.loss}: {what} of {config.model} on {len(rows)} pictures, "
+        f"{config.steps} steps of {config.batch_size * config.grad_accum * WORLD} pairs, "
+        f"lr {config.lr:g}, β {config.beta:g}, on {MACHINE}."
     )
-    if config.family != "tiny":
-        return
-    # Each word of its own world is one token to the tiny model.
-    new = [row for row in rows if len(pipe.tokenizer.tokenize(row.text)) > len(row.text.split())]
-    if new:
-        print(
-            "The tiny model is a demonstration on its own small world of coloured shapes, and "
-            f"{len(new)} of the captions have words that it has never seen. For pictures of your "
-            "own take --model sd15, on a GPU."
-        )
+    pipe = load_pipeline(config.model)
+    this, saved = depends_on(pipe, rows), load_checkpoint(output) if config.resume else {}
+    for name, was in saved.get("depends_on", this).items():
+        if was != this[name]:
+            sys.exit(f"{output} cannot be resumed: its {name} was {was} and is {this[name]}.")
+    data = encode(pipe, rows)
+    unet, reference, optimizer = prepare(pipe, config)
+    before = sample(pipe, data, config) if RANK == 0 else []
+    done, log = saved.get("step", 0), output / "metrics.jsonl"
+    if saved:
+        unet.load_state_dict(saved["trained"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+    if RANK == 0:
+        kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
+        log.write_text("".join(kept))
+
+    given = {"reference": reference, "scheduler": pipe.scheduler, "beta": config.beta}
+    loss_fn, batches = partial(LOSSES[config.loss], **given), partial(micro_batches, data, config)
+    steps = train(unet, optimizer, loss_fn, batches, config, done)
+    bar = tqdm(steps, config.loss, initial=done, total=config.steps, **SILENT)
+    for metrics in bar:
+        done = metrics["step"] + 1
+        seen = metrics.keys() & {"loss", "margin", "implicit_acc"}
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in sorted(seen)})
+        if RANK > 0:
+            continue
+        with log.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            now, texts = sample(pipe, data, config), data.texts[1:] or data.texts
+            sheet(texts, before=before, now=now).save(output / "samples.png")
+            save_trained(pipe, config, output / f"step-{done:06d}")
+            trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+            state = {"step": done, "trained": trained, "optimizer": optimizer.state_dict()}
+            save_checkpoint(output, **state, config=asdict(config), depends_on=this)
+    if RANK == 0:
+        save_pipeline(pipe, config)
+    say(
+        f"The pipeline is in {output}, beside samples.png and metrics.jsonl. Draw with it:\n"
+        "from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({config.output!r})\n"
+        f"pipe({rows[0].text!r}, guidance_scale={config.guidance}).images[0].show()"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
-    try:
-        run(config)
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "Out of GPU memory. --precompute-reference saves the second UNet and --optimizer "
-            "adafactor most of the optimizer's state; half the --batch-size with twice the "
-            "--grad-accum is the same step."
-        )
-
-
-def run(config: Config) -> None:
-    output = config.output
-    if RANK == 0:
-        check_output(output, config.resume)
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
-    from_rows = config.downgrade == "random_image"  # else a loser is made from its winner
-    rows = read_rows(config.data, config.image_column, config.caption_column, losers=from_rows)
-    this = identity(rows, config)
-    saved = load_checkpoint(output, this) if config.resume else {}
-    no_checker = {"safety_checker": None, "requires_safety_checker": False}
-    pipe = load(DiffusionPipeline.from_pretrained, config.model, dtype=torch.float32, **no_checker)
-    if RANK == 0:
-        announce(pipe, rows, config)
-    data = encode(pipe, rows, config)
-    prompts = list(dict.fromkeys(row.text for row in rows))[:PROMPTS]
-    before = sample(pipe, prompts, config) if RANK == 0 else []
-
-    unet, optimizer = prepare(pipe, config)
-    if config.loss == "sft":
-        loss_fn = partial(sft_loss, scheduler=pipe.scheduler)
-    else:
-        given = {"beta": config.beta, **WEIGHTS[config.loss]}
-        loss_fn = partial(sudo.sudo_loss, scheduler=pipe.scheduler, **given)
-        if not config.precompute_reference:
-            loss_fn = partial(loss_fn, reference=sudo.frozen_copy(unet))
-        elif saved:
-            data = data._replace(reference=saved["reference_errors"].to(DEVICE))
-        else:
-            errors = reference_errors(unet, pipe.scheduler, data, config)
-            data = data._replace(reference=errors)
-
-    done, log = saved.get("step", 0), output / "metrics.jsonl"
-    if saved:
-        unet.load_state_dict(saved["unet"])
-        optimizer.load_state_dict(saved["optimizer"])
-    if RANK == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        kept = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
-        log.write_text("".join(kept))
-    steps = train(unet, optimizer, loss_fn, partial(micro_batches, data, config), config, done)
-    bar = tqdm(steps, config.loss, initial=done, total=config.steps, **SILENT)
-    try:
-        for metrics in bar:
-            done = metrics["step"] + 1
-            if RANK > 0:
-                continue
-            with log.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            shown = metrics.keys() & {"loss", "margin", "implicit_acc"}
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in sorted(shown)})
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"reference_errors": data.reference, "step": done, "run": this}
-                save_checkpoint(output, **state)
-            if config.sample_every and done % config.sample_every == 0 and done < config.steps:
-                pictures = sheet(prompts, before=before, now=sample(pipe, prompts, config))
-                pictures.save(output / f"samples-{done:06d}.png")
-    except FloatingPointError as error:
-        names = ", ".join(rows[row].file.name for row in draw(data, config, done)[0][:8])
-        sys.exit(
-            f"Stopped before the update of step {done}: {error}. Its first pictures: {names}. If "
-            "they are in order, begin a new --output with a lower --lr. A checkpoint that "
-            f"{output} may hold is from before and whole."
-        )
-    if RANK == 0:
-        pictures = sheet(prompts, before=before, after=sample(pipe, prompts, config))
-        pictures.save(output / "samples.png")
-        pipe.save_pretrained(output)
-        print(
-            f"The pipeline is in {output}, beside samples.png and metrics.jsonl. Draw with it:\n"
-            "from diffusers import DiffusionPipeline\n"
-            f"pipe = DiffusionPipeline.from_pretrained({str(output)!r})\n"
-            f"pipe({prompts[0]!r}, guidance_scale={GUIDANCE[config.family]}).images[0].show()"
-        )
+    with claimed(Path(config.output), config.resume) if RANK == 0 else nullcontext():
+        try:
+            run(config)
+        except torch.OutOfMemoryError:
+            sys.exit("Out of GPU memory: --lora 16 or a smaller --batch-size takes less.")
+        except FloatingPointError as error:
+            sys.exit(f"Stopped, as {error}: begin a new --output with a lower --lr.")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__
+            if isinstance(error, RuntimeError) and not isinstance(reason, OSError):
+                raise
+            sys.exit(
+                f"{config.output} could not be written: {reason or error}. A checkpoint in it is "
+                f"whole: make room and go on by --resume {config.output}."
+            )
     if WORLD > 1:
         dist.destroy_process_group()
 
