@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 import sys
-import textwrap
 import time
 import warnings
 import zlib
@@ -38,7 +37,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from filelock import FileLock  # comes with torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError  # comes with diffusers
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,12 +72,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 # ------------------------------------------- 1. the flags
 
 
-def say(text: str) -> None:
-    if RANK == 0:
-        print(text)
-
-
-def number(kind: type, least: float, most: float) -> Callable:
+def number(kind: type, least: float, most: float = 1e12) -> Callable:
     def within(text: str):
         if not least <= (value := kind(text)) <= most:
             raise argparse.ArgumentTypeError(f"must be from {least:g} to {most:g}, not {text}")
@@ -91,7 +85,7 @@ def path(text: str) -> str:
     return str(Path(text).expanduser().absolute())
 
 
-COUNT, AMOUNT, SHARE = number(int, 1, 1e9), number(float, 1e-12, 1e12), number(float, 0, 1)
+COUNT, AMOUNT = number(int, 1), number(float, 1e-12)
 TINY = str(Path(__file__).parent / "lab" / "tiny-sd")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -108,7 +102,7 @@ FLAGS = {
     "size": (None, (32, 512, 1024), "side of its pictures in pixels"),
     "output": (path, path("out"), "a new folder"),
     "loss": (("sudo", "dpo", "sft"), "sudo", "dpo: the preference alone; sft: the MSE term alone"),
-    "lora": (number(int, 0, 1e4), 0, "rank of LoRA adapters; 0 trains all weights"),
+    "lora": (number(int, 0), 0, "rank of LoRA adapters; 0 trains all weights"),
     "steps": (COUNT, (300, 400, 1000), "updates of the weights"),
     "batch_size": (COUNT, (32, 4, 1), "pairs in a micro-batch of one process"),
     "grad_accum": (COUNT, (1, 8, 96), "micro-batches in a step"),
@@ -117,7 +111,7 @@ FLAGS = {
     "lr_schedule": (("constant", "linear"), "constant", "linear falls to 0 at the end"),
     "optimizer": (("adamw", "adafactor"), ("adamw", "adamw", "adafactor"), "of the weights"),
     "beta": (AMOUNT, (400.0, 5000.0, 5000.0), "β; less for a model with larger errors"),
-    "caption_dropout": (SHARE, 0.2, 'share of the captions replaced by ""'),
+    "caption_dropout": (number(float, 0, 1), 0.2, 'share of the captions replaced by ""'),
     "gradient_checkpointing": (bool, (False, True, True), "less memory for more time"),
     "memory": (None, (0, 21, 33), "GB of a GPU that can train all weights (lab/fit.py)"),
     "guidance": (AMOUNT, (1.0, 7.5, 5.0), "scale of samples.png"),
@@ -175,10 +169,8 @@ def load(from_model: Callable, model: str, **options):
         return from_model(model, **options)
     except (OSError, ValueError) as error:
         sys.exit(
-            f"{model} is no pipeline that can be loaded: {str(error).strip().splitlines()[0]}\n--model "
-            "takes tiny, sd15, sdxl, a diffusers folder, or a name on a hub that can be reached. Of a "
-            "variant alone, as in model.fp16.safetensors, save it anew without: "
-            "from_pretrained(..., variant='fp16').save_pretrained(...)."
+            f"No pipeline could be loaded from {model}: {str(error).strip().splitlines()[0]} (If "
+            "all its files are of a variant, as *.fp16.safetensors, save it anew without the variant.)"
         )
 
 
@@ -209,7 +201,7 @@ def inspect(model: str) -> tuple[str, dict]:
             "use_flow_sigmas": [False, None],
         },
     }
-    for part, name in ((part, name) for part in must for name in must[part]):
+    for part, name in [(part, name) for part, names in must.items() for name in names]:
         if (value := says[part].get(name)) not in (right := must[part][name]):
             right = "a whole number" if right is whole else " or ".join(map(str, right))
             sys.exit(f"{model} cannot be trained: {name} of its {part} is {value}, not {right}.")
@@ -256,30 +248,24 @@ def read_rows(data: str, image_column: str, caption_column: str, size: int) -> l
         lines = data.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"--data wants a jsonl in UTF-8, or a folder with a metadata.jsonl: {error}")
-    rows, faults = [], []
+    rows, faults, names = [], [], " (--image-column and --caption-column take other names)"
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 row = json.loads(line)
-                name, text = (column_of(row, name) for name in (image_column, caption_column))
-                pixels = load_picture(file := data.parent / Path(name).expanduser(), size)
-                digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-                rows.append(Row(file, text.strip(), digest))
+                for column in (image_column, caption_column):
+                    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                        raise ValueError(f"there must be one string under {column!r}{names}")
+                    row[column].encode()  # half of a surrogate pair is a ValueError here
+                file = data.parent / Path(row[image_column]).expanduser()
+                digest = hashlib.sha256(load_picture(file, size).numpy().tobytes()).hexdigest()
+                rows.append(Row(file, row[caption_column].strip(), digest))
         except Exception as error:  # Pillow has many names for a broken picture
             faults.append(f"{data}:{number}: {error}")
     if faults or not rows:
         faults[10:] = [f"{data} has {len(rows)} sound rows and {len(faults)} faulty ones."]
         sys.exit("\n".join(faults))
     return rows
-
-
-def column_of(row: dict, name: str) -> str:
-    if not isinstance(row, dict) or name not in row:
-        raise ValueError(f"there is no {name!r}; --image-column and --caption-column name others")
-    if not isinstance(row[name], str):
-        raise ValueError(f"{name!r} must be one string")
-    row[name].encode()  # half of a surrogate pair is a ValueError here
-    return row[name]
 
 
 def load_picture(file: Path, size: int) -> Tensor:
@@ -311,18 +297,19 @@ class Data(NamedTuple):
 
 
 def number_captions(pipe: DiffusionPipeline, rows: list[Row]) -> tuple[list[int], list[str]]:
-    """Each row's caption as a number, equal where the model sees equal words, and a text for each.
+    """Each row's caption as a number, the same where the model sees the same words, and the texts.
 
     Tokenizers fold case and spaces and cut what is too long. Number 0, EMPTY, is that of "".
     """
     texts, limit = ["", *(row.text for row in rows)], pipe.tokenizer.model_max_length
     ids = pipe.tokenizer(pipe.maybe_convert_prompt(texts, pipe.tokenizer)).input_ids
-    if cut := sum(len(each) > limit for each in ids):
-        say(f"{cut} captions have more than {limit} tokens, and the model sees them cut there.")
+    cut = sum(len(each) > limit for each in ids)
+    if cut and RANK == 0:
+        print(f"{cut} captions have more than {limit} tokens, and the model sees them cut there.")
     words = [(*each[: limit - 1], each[-1]) for each in ids]
-    first = dict(zip(words[::-1], texts[::-1]))
     number = {each: i for i, each in enumerate(dict.fromkeys(words))}
-    return [number[each] for each in words[1:]], [first[each] for each in number]
+    text_of = dict(zip(words[::-1], texts[::-1]))  # the first with these words
+    return [number[each] for each in words[1:]], [text_of[each] for each in number]
 
 
 @torch.no_grad()
@@ -330,26 +317,21 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], downgrade: Callable | None 
     """Each caption through the text encoders and each picture through the VAE, once and for all.
 
     downgrade makes losers of winners, (B, 3, H, W) pixels in -1..1, as `sudo.blur` does. Without it
-    losers are other rows, and a row that finds none ends the run before anything slow.
+    losers are other rows, and this exits if a row finds none.
     """
     caption, texts = number_captions(pipe, rows)
-    picture = [
-        *map({row.digest: i for i, row in enumerate(rows)}.get, (row.digest for row in rows))
-    ]
-    like, alike, both = Counter(picture), Counter(caption), Counter(zip(picture, caption))
-    if downgrade is None and len(rows) in (like[p] + alike[c] - both[p, c] for p, c in both):
-        sys.exit(
-            "Every row needs a loser, a row with another picture and another caption as the model "
-            f"sees them: add some to the {len(rows)} that are there."
-        )
+    order = {row.digest: i for i, row in enumerate(rows)}
+    picture = [order[row.digest] for row in rows]
+    alike, same, both = Counter(picture), Counter(caption), Counter(zip(picture, caption))
+    if downgrade is None and len(rows) in (alike[p] + same[c] - both[p, c] for p, c in both):
+        sys.exit("Every row needs a loser: a row with other pixels and other words, to the model.")
 
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
-    for encoder in encoders:  # the UNet stays where it is, so that this fits where training does
+    for encoder in encoders:  # the UNet stays where it is: this has to fit where training does
         encoder.to(DEVICE)
-    prompts = []
+    prompts, one_each = [], {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     for i in tqdm(range(0, len(texts), 32), "encoding captions", **SILENT):
-        given = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        prompt = pipe.encode_prompt(texts[i : i + 32], device=DEVICE, **given)
+        prompt = pipe.encode_prompt(texts[i : i + 32], device=DEVICE, **one_each)
         prompts.append([part.half().cpu() for part in prompt if part is not None])
     for encoder in encoders:
         encoder.to("cpu")
@@ -357,38 +339,28 @@ def encode(pipe: DiffusionPipeline, rows: list[Row], downgrade: Callable | None 
     if pipe.config.get("force_zeros_for_empty_prompt"):  # SDXL: so it was trained, and so it guides
         words[EMPTY], pooled[0][EMPTY] = 0, 0
     conditions = {"encoder_hidden_states": words}
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size, vae = pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.vae.to(DEVICE)
+    mean, std, scale = 0.0, 1.0, vae.config.scaling_factor
     if pooled:  # the time ids are original size, crop and target size
         time_ids = torch.tensor([[size, size, 0, 0, size, size]] * len(texts))
         conditions["added_cond_kwargs"] = {"text_embeds": pooled[0], "time_ids": time_ids}
-
-    vae, mean, scale = pipe.vae.to(DEVICE), 0.0, pipe.vae.config.scaling_factor
-    if pooled and vae.config.latents_mean:  # SDXL's pipeline decodes with them, SD's does not
-        mean, std = (
-            torch.tensor(values, device=DEVICE).view(1, -1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        scale = scale / std
+        if vae.config.latents_mean:  # SDXL's pipeline decodes with these, SD's does not
+            stats = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=DEVICE)
+            mean, std = stats.view(2, 1, -1, 1, 1)
 
     def to_latents(pixels: Tensor) -> Tensor:
-        return ((vae.encode(pixels.to(DEVICE)).latent_dist.mode() - mean) * scale).half().cpu()
+        mode = vae.encode(pixels.to(DEVICE)).latent_dist.mode()
+        return ((mode - mean) / std * scale).half().cpu()
 
     latents, losers, at_once = [], [], 4 if size <= 512 else 1
     for i in tqdm(range(0, len(rows), at_once), "encoding pictures", **SILENT):
         pixels = torch.stack([load_picture(row.file, size) for row in rows[i : i + at_once]])
         latents.append(to_latents(pixels))
-        if downgrade:
-            losers.append(to_latents(downgrade(pixels)))
+        losers += [to_latents(downgrade(pixels))] if downgrade else []
     vae.to("cpu")
-    return Data(
-        latents=torch.cat(latents),
-        losers=torch.cat(losers) if downgrade else None,
-        picture=torch.tensor(picture),
-        caption=torch.tensor(caption),
-        conditions=conditions,
-        texts=texts,
-        num_timesteps=pipe.scheduler.config.num_train_timesteps,
-    )
+    losers, T = torch.cat(losers) if losers else None, pipe.scheduler.config.num_train_timesteps
+    picture, caption = torch.tensor(picture), torch.tensor(caption)
+    return Data(torch.cat(latents), losers, picture, caption, conditions, texts, T)
 
 
 # ------------------------------------------- 3. the randomness of a step
@@ -461,7 +433,7 @@ def half_precision() -> torch.autocast:
 
 
 def held_in_bf16(model: torch.nn.Module) -> torch.nn.Module:
-    """Frozen weights that autocast casts in every pass anyway: the same arithmetic in half the room."""
+    """Frozen weights that autocast casts in each pass anyway: the same numbers in half the room."""
     for layer in model.modules() if BF16 else ():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not layer.weight.requires_grad:
             layer.bfloat16()
@@ -508,20 +480,9 @@ def prepare(pipe: DiffusionPipeline, config: Config):
     return unet, reference, Adafactor(trained, config.lr, weight_decay=1e-2, **fixed_lr)
 
 
-def sft_loss(
-    unet,
-    reference,
-    scheduler,
-    latents,
-    *,
-    beta,
-    losers,
-    noise,
-    timesteps,
-    pair_weight,
-    **conditions,
-):
+def sft_loss(unet, reference, scheduler, latents, noise, timesteps, pair_weight, **conditions):
     """The MSE term of Eq. 9 alone, on all winners: what SUDO is compared with."""
+    del conditions["losers"], conditions["beta"]
     noisy = sudo.add_noise(latents, noise, timesteps, scheduler)
     target = sudo.training_target(latents, noise, timesteps, scheduler)
     loss = (unet(noisy, timesteps, **conditions).sample.float() - target).square().mean()
@@ -535,13 +496,6 @@ LOSSES = {
 }
 
 
-def lr_factor(step: int, steps: int, schedule: str) -> float:
-    """A linear warm-up to 1, which stays (as in the paper) or falls linearly to 0."""
-    warmup = max(1, round(WARMUP * steps))
-    rest = (steps - step) / max(1, steps - warmup) if schedule == "linear" else 1.0
-    return min(1.0, (step + 1) / warmup, rest)
-
-
 def train(
     unet, optimizer, loss_fn: Callable, batches: Callable, config: Config, start: int = 0
 ) -> Iterator[dict[str, float]]:
@@ -552,6 +506,7 @@ def train(
     """
     # Views, so that the buckets of gradients are no second copy of them.
     policy = DistributedDataParallel(unet, gradient_as_bucket_view=True) if WORLD > 1 else unet
+    warmup = max(1, round(WARMUP * config.steps))
     for step in range(start, config.steps):
         began, sums = time.perf_counter(), 0
         for k, batch in enumerate(batches(step)):
@@ -572,7 +527,10 @@ def train(
         if not math.isfinite(loss + norm):
             raise FloatingPointError(f"the loss of step {step} is {loss}, its gradient norm {norm}")
 
-        lr = config.lr * lr_factor(step, config.steps, config.lr_schedule)
+        # A linear warm-up; then lr stays (as in the paper) or falls linearly to 0.
+        rest = (config.steps - step) / max(1, config.steps - warmup)
+        falls = rest if config.lr_schedule == "linear" else 1.0
+        lr = config.lr * min(1.0, (step + 1) / warmup, falls)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -675,30 +633,16 @@ def sample(pipe: DiffusionPipeline, data: Data, config: Config) -> list[Image.Im
     return pictures
 
 
-def sheet(texts: list[str], **rows: list[Image.Image]) -> Image.Image:
-    """The rows of pictures one above the other, each picture over its caption."""
-    tiles, font = [], ImageFont.load_default(16)
-    for name, pictures in rows.items():
-        for i, (text, picture) in enumerate(zip(texts, pictures), 1):
-            tile = Image.new("RGB", (190, 300), "white")
-            tile.paste(ImageOps.expand(picture.resize((178, 178)), 1, "gray"), (5, 5))
-            # The font has Western letters only.
-            text = text if all(ord(c) < 256 for c in text) else f"caption {i} of the data"
-            text = textwrap.fill(f"{name}: {text}", 22, max_lines=5)
-            ImageDraw.Draw(tile).text((6, 190), text, "black", font)
-            tiles.append(tile)
-    return make_image_grid(tiles, len(rows), len(tiles) // len(rows))
-
-
 def run(config: Config) -> None:
     output, columns = Path(config.output), (config.image_column, config.caption_column)
     rows = read_rows(config.data, *columns, config.size)
     what = f"LoRA of rank {config.lora}" if config.lora else "all weights"
-    say(
-        f"{config.note}{config.loss}: {what} of {config.model} on {len(rows)} pictures, "
-        f"{config.steps} steps of {config.batch_size * config.grad_accum * WORLD} pairs, "
-        f"lr {config.lr:g}, β {config.beta:g}, on {MACHINE}."
-    )
+    if RANK == 0:
+        print(
+            f"{config.note}{config.loss}: {what} of {config.model} on {len(rows)} pictures, "
+            f"{config.steps} steps of {config.batch_size * config.grad_accum * WORLD} pairs, "
+            f"lr {config.lr:g}, β {config.beta:g}, on {MACHINE}."
+        )
     pipe = load_pipeline(config.model)
     this, saved = depends_on(pipe, rows), load_checkpoint(output) if config.resume else {}
     for name, was in saved.get("depends_on", this).items():
@@ -728,20 +672,18 @@ def run(config: Config) -> None:
         with log.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         if done % config.checkpoint_every == 0 or done == config.steps:
-            now, texts = sample(pipe, data, config), data.texts[1:] or data.texts
-            sheet(texts, before=before, now=now).save(output / "samples.png")
-            save_trained(pipe, config, output / f"step-{done:06d}")
+            pictures = before + sample(pipe, data, config)
+            make_image_grid(pictures, 2, len(before), 192).save(output / "samples.png")
+            if done < config.steps:  # what one goes back to if training goes too far
+                save_trained(pipe, config, output / f"step-{done:06d}")
             trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
             state = {"step": done, "trained": trained, "optimizer": optimizer.state_dict()}
             save_checkpoint(output, **state, config=asdict(config), depends_on=this)
     if RANK == 0:
         save_pipeline(pipe, config)
-    say(
-        f"The pipeline is in {output}, beside samples.png and metrics.jsonl. Draw with it:\n"
-        "from diffusers import DiffusionPipeline\n"
-        f"pipe = DiffusionPipeline.from_pretrained({config.output!r})\n"
-        f"pipe({rows[0].text!r}, guidance_scale={config.guidance}).images[0].show()"
-    )
+        print(
+            f"DiffusionPipeline.from_pretrained({config.output!r}) loads it; see samples.png there."
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
