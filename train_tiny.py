@@ -170,7 +170,7 @@ def load(from_model: Callable, model: str, **options):
     except (OSError, ValueError) as error:
         sys.exit(
             f"No pipeline could be loaded from {model}: {str(error).strip().splitlines()[0]} (If "
-            "all its files are of a variant, as *.fp16.safetensors, save it anew without the variant.)"
+            "all files are of a variant, as *.fp16.safetensors, save it anew without the variant.)"
         )
 
 
@@ -552,13 +552,14 @@ def claimed(output: Path, resume: bool) -> Iterator[None]:
         if not resume and output.exists() and {f.name for f in output.iterdir()} - leftovers:
             sys.exit(f"{output} is in use: name a new --output, or go on by --resume {output}.")
         output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".lock").acquire(blocking=False)
+        lock = FileLock(output / ".lock")
+        lock.acquire(blocking=False)
     except OSError as error:
         sys.exit(f"{output} cannot be written to, or another run does: {error}")
     try:
         yield
     finally:
-        lock.__exit__(None, None, None)
+        lock.release()
         if not (output / "checkpoint.pt").exists():
             shutil.rmtree(output, ignore_errors=True)
 
