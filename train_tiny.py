@@ -704,9 +704,10 @@ def main(argv: list[str] | None = None) -> None:
             reason = error if isinstance(error, OSError) else error.__context__
             if isinstance(error, RuntimeError) and not isinstance(reason, OSError):
                 raise
+            Path(config.output, "checkpoint.unfinished").unlink(missing_ok=True)
             sys.exit(
-                f"{config.output} could not be written: {reason or error}. A checkpoint in it is "
-                f"whole: make room and go on by --resume {config.output}."
+                f"{config.output} could not be written: {reason or error}. If it holds a checkpoint, "
+                f"that is whole: make room, and go on by --resume {config.output}."
             )
     if WORLD > 1:
         dist.destroy_process_group()
