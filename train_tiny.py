@@ -123,7 +123,7 @@ Config = make_dataclass("Config", [*FLAGS, "note", "resume"], frozen=True, kw_on
 
 def parse(argv: list[str] | None = None) -> Config:
     """The flags over the recipe of the model; with --resume those of the run that goes on."""
-    title = __doc__.split("\n")[0]
+    title = __doc__.split("\n")[0] + " Of three defaults a model has its own: tiny, sd15 or sdxl."
     parser = argparse.ArgumentParser(description=title, argument_default=argparse.SUPPRESS)
     for name, (kind, default, meaning) in FLAGS.items():
         how = {"type": kind} if callable(kind) else {"choices": kind}
@@ -706,8 +706,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             Path(config.output, "checkpoint.unfinished").unlink(missing_ok=True)
             sys.exit(
-                f"{config.output} could not be written: {reason or error}. If it holds a checkpoint, "
-                f"that is whole: make room, and go on by --resume {config.output}."
+                f"{config.output} could not be written: {reason or error}. A checkpoint that is in it "
+                f"is whole: make room, and go on by --resume {config.output}."
             )
     if WORLD > 1:
         dist.destroy_process_group()
