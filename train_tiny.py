@@ -706,7 +706,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             Path(config.output, "checkpoint.unfinished").unlink(missing_ok=True)
             sys.exit(
-                f"{config.output} could not be written: {reason or error}. A checkpoint that is in it "
+                f"{config.output} could not be written: {reason or error}. A checkpoint in it "
                 f"is whole: make room, and go on by --resume {config.output}."
             )
     if WORLD > 1:
