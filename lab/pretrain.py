@@ -147,7 +147,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def pretrain_unet(
-    vae: AutoencoderKL, images: torch.Tensor, texts: list[str], seed: int
+    vae: AutoencoderKL, images: torch.Tensor, texts: list[str], seed: int, wrong: float
 ) -> StableDiffusionPipeline:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -198,7 +198,7 @@ def pretrain_unet(
     def loss_of():
         rows = torch.randint(len(latents), (BATCH,))
         caption = torch.where(
-            torch.rand(BATCH) < WRONG, torch.randint(len(distinct), (BATCH,)), caption_of[rows]
+            torch.rand(BATCH) < wrong, torch.randint(len(distinct), (BATCH,)), caption_of[rows]
         )
         caption = torch.where(torch.rand(BATCH) < DROPPED, len(distinct), caption)
         x0, noise = latents[rows].to(DEVICE), torch.randn(BATCH, *latents.shape[1:]).to(DEVICE)
@@ -236,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help="of data, vae and unet; default: all three")
     parser.add_argument("--seed", type=int, default=SEED, help="of the UNet and its training")
+    parser.add_argument("--wrong", type=float, default=WRONG, help="share of wrong captions")
     parser.add_argument("--output", type=Path, default=TINY_SD, help="the pipeline with the UNet")
     args = parser.parse_args()
     parts = args.parts or ["data", "vae", "unet"]
@@ -249,7 +250,7 @@ def main() -> None:
     if "unet" in parts:
         vae = AutoencoderKL.from_pretrained(TINY_SD / "vae").to(DEVICE)
         vae.register_to_config(_name_or_path="lab/tiny-sd/vae")  # not this machine's own path
-        pipe = pretrain_unet(vae, images, texts, args.seed)
+        pipe = pretrain_unet(vae, images, texts, args.seed, args.wrong)
         pipe.save_pretrained(args.output)
         for guidance in (1.0, 3.0):
             whole, attributes, _ = world.judge(pipe, world.captions("validation"), guidance)

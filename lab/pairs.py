@@ -1,0 +1,84 @@
+"""Pictures with preference labels: a base model draws each caption twice, the judge prefers one.
+
+    python lab/pairs.py lab/tiny-sd  # draws the pairs of this model, and counts
+
+Each picture is drawn at a guidance of 1, 2, 3 or 5, by chance. The one with more right attributes
+is preferred; where both have as many, both are drawn again.
+"""
+
+import json
+import os
+import random
+import sys
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+LAB = Path(__file__).parent
+sys.path.insert(0, str(LAB.parent))
+
+import train_tiny  # noqa: E402
+import world  # noqa: E402
+
+SCALES = (1.0, 2.0, 3.0, 5.0)
+
+
+def drawn(pipe, model: str) -> Path:
+    """A folder of pairs for the captions of captions.jsonl, as train_tiny.read_rows takes it.
+
+    Its column "file_name" has the preferred pictures, "loser" the others. The folder stays, so that
+    all methods and processes train on the same pictures.
+    """
+    folder = LAB / "pairs" / Path(model).name
+    if folder.exists():
+        return folder
+    lines = (LAB.parent / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    texts, decided, again, rng = (
+        [json.loads(line)["text"] for line in lines],
+        {},
+        0,
+        random.Random(0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    while left := [i for i in range(len(texts)) if i not in decided]:
+        pictures = {}
+        todo = [(i, k, rng.choice(SCALES)) for i in left for k in (0, 1)]
+        for scale in SCALES:
+            mine = [(i, k) for i, k, its in todo if its == scale]
+            noise = [train_tiny.generator("pairs", 0, again, *which) for which in mine]
+            given = {"guidance_scale": scale, "num_inference_steps": 15, "generator": noise}
+            if mine:
+                pictures |= zip(mine, pipe([texts[i] for i, _ in mine], **given).images)
+        for i in left:
+            first, second = (world.score(pictures[i, k], texts[i])[1] for k in (0, 1))
+            if first != second:
+                order = (0, 1) if first > second else (1, 0)
+                decided[i] = [pictures[i, k] for k in order]
+        again += 1
+
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may draw the same
+    beside.mkdir(parents=True)
+    rows = []
+    for i, text in enumerate(texts):
+        row = {"file_name": f"{i + 1:04d}-winner.png", "loser": f"{i + 1:04d}-loser.png"}
+        for name, picture in zip(row.values(), decided[i]):
+            picture.save(beside / name)
+        rows.append(json.dumps(row | {"text": text}) + "\n")
+    (beside / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    with suppress(OSError):  # it was first
+        beside.rename(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in compare.py
+    folder = drawn(DiffusionPipeline.from_pretrained(sys.argv[1]), sys.argv[1])
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for column in ("file_name", "loser"):
+        seen = [world.score(Image.open(folder / row[column]), row["text"]) for row in rows]
+        whole, attributes = (fmean(values) for values in zip(*seen))
+        print(f"{len(rows)} under {column}: whole {whole:.2f}, attributes {attributes:.2f}")
