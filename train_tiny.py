@@ -100,7 +100,7 @@ FLAGS = {
     "caption_column": (str, "text", "column of the captions"),
     "model": (str, (TINY, SD15, SDXL), "tiny, sd15, sdxl, a folder or a hub name"),
     "size": (None, (32, 512, 1024), "side of its pictures in pixels"),
-    "output": (path, path("out"), "a new folder"),
+    "output": (path, "out", "a new folder"),
     "loss": (("sudo", "dpo", "sft"), "sudo", "dpo: the preference alone; sft: the MSE term alone"),
     "lora": (number(int, 0), 0, "rank of LoRA adapters; 0 trains all weights"),
     "steps": (COUNT, (300, 400, 1000), "updates of the weights"),
@@ -158,7 +158,7 @@ def parse(argv: list[str] | None = None) -> Config:
         recipe["lr"] *= 10
         if not find_spec("peft"):
             sys.exit("LoRA needs peft: pip install peft, or train all weights by --lora 0.")
-    return Config(**recipe | given, note=note, resume=False)
+    return Config(**{**recipe, "output": path("out"), **given, "note": note, "resume": False})
 
 
 # ------------------------------------------- 2. the data
