@@ -61,6 +61,13 @@ def rows_of(results: dict) -> dict[tuple[str, Method], tuple[Row, Row]]:
     return rows
 
 
+def for_each_use(pair: tuple[Row, Row]) -> tuple[Row, Row]:
+    """The two rows; where one use's own choice has no two seeds yet, that of the other serves."""
+    free, guided = pair
+    few = [len(row.cells) < 2 for row in pair]
+    return guided if few[0] else free, free if few[1] else guided
+
+
 def every(rows: dict) -> Iterator[Row]:
     for pair in rows.values():
         yield from (row for row in (pair[:1] if pair[0].use == "both" else pair) if row.cells)
@@ -111,19 +118,20 @@ def by_use(rows: dict, methods: list[Method]) -> Iterator[list[str]]:
     """A line for each method: what it does without guidance, then what it does with guidance."""
     for method in methods:
         if (TINY, method) in rows:
-            free, guided = rows[TINY, method]
+            free, guided = for_each_use(rows[TINY, method])
             line = [method.name, shown(free.whole("1")), at(guided, guided.best())]
             yield [*line, shown(guided.whole("5"))]
 
 
 def leads(rows: dict) -> Iterator[list[str]]:
     """A line for each two methods that are compared: one with SFT, or with what has labels."""
-    for (model, method), (free, guided) in rows.items():
+    for (model, method), pair in rows.items():
+        free, guided = for_each_use(pair)
         sft = compare.SFT if method.data == compare.SFT.data else compare.DRAWN_SFT
         for other in (sft, compare.AGAINST_LABELS.get(method)):
             if method in (BASE, other) or (model, other) not in rows:
                 continue
-            its, its_guided = rows[model, other]
+            its, its_guided = for_each_use(rows[model, other])
             both = ((free, its), (guided, its_guided))
             seeds = ", ".join(str(len(a.cells.keys() & b.cells.keys())) for a, b in both)
             yield [
