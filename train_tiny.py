@@ -167,7 +167,7 @@ def parse(argv: list[str] | None = None) -> Config:
 def load(from_model: Callable, model: str, **options):
     try:
         return from_model(model, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(
             f"No pipeline could be loaded from {model}: {str(error).strip().splitlines()[0]} (If "
             "all files are of a variant, as *.fp16.safetensors, save it anew without the variant.)"
@@ -179,7 +179,7 @@ def inspect(model: str) -> tuple[str, dict]:
 
     Exits with the first field that is not what it must be, before anything else is read.
     """
-    model = path(model) if Path(path(model)).exists() else model
+    model = path(model) if os.path.exists(path(model)) else model
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "scheduler": DDPMScheduler}
     says = {part: load(kind.load_config, model, subfolder=part) for part, kind in kinds.items()}
     says["pipeline"] = load(DiffusionPipeline.load_config, model)
@@ -187,7 +187,7 @@ def inspect(model: str) -> tuple[str, dict]:
     none = "class_embed_type num_class_embeds encoder_hid_dim time_cond_proj_dim".split()
     channels, whole = says["vae"].get("latent_channels", 4), range(1, 10**5)
     must = {
-        "pipeline": {"_class_name": [*added]},
+        "pipeline": {"_class_name": [*added], "text_encoder": [["transformers", "CLIPTextModel"]]},
         "vae": {"_class_name": ["AutoencoderKL"]},
         "unet": {"_class_name": ["UNet2DConditionModel"]}
         | {"addition_embed_type": [added.get(says["pipeline"].get("_class_name"))]}
@@ -229,9 +229,10 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     pipe = load(DiffusionPipeline.from_pretrained, model, **parts)
     for name, tokenizer in pipe.components.items():
         if name.startswith("tokenizer"):
-            words = parts[name.replace("tokenizer", "text_encoder")].config.vocab_size
-            if len(tokenizer or ()) < words:
-                sys.exit(f"{model} lacks files of its {name}, which should know {words} words.")
+            text = parts[name.replace("tokenizer", "text_encoder")].config
+            length = getattr(tokenizer, "model_max_length", math.inf)
+            if len(tokenizer or ()) < text.vocab_size or length > text.max_position_embeddings:
+                sys.exit(f"{model} lacks files of its {name}, or has those of another one.")
     return pipe
 
 
@@ -274,7 +275,7 @@ def load_picture(file: Path, size: int) -> Tensor:
         if picture.mode in ("I", "F"):
             raise ValueError("its 32-bit pixels have no agreed range: save it with 8 or 16 bits")
         if picture.mode.startswith("I;16"):  # which Pillow would clip to 8 bits
-            picture = picture.point(lambda value: value * (1 / 256)).convert("L")
+            picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         with suppress(Exception):  # the pixels may be sound where EXIF is not
             picture = ImageOps.exif_transpose(picture)
         rgba = picture.convert("RGBA")
@@ -547,14 +548,15 @@ def train(
 def claimed(output: Path, resume: bool) -> Iterator[None]:
     """Hold the folder for this run alone; it goes again if the run ends without a checkpoint."""
     # What a killed run left before its first checkpoint gives way to the next.
-    leftovers = {".lock", "metrics.jsonl", "samples.png", "checkpoint.unfinished"}
+    leftovers = {".lock", "metrics.jsonl", "samples.png", "checkpoint.unfinished", "step"}
     try:
-        if not resume and output.exists() and {f.name for f in output.iterdir()} - leftovers:
+        found = {f.name.split("-")[0] for f in output.iterdir()} if output.exists() else set()
+        if not resume and found - leftovers:
             sys.exit(f"{output} is in use: name a new --output, or go on by --resume {output}.")
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / ".lock")
         lock.acquire(blocking=False)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         sys.exit(f"{output} cannot be written to, or another run does: {error}")
     try:
         yield
@@ -706,8 +708,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             Path(config.output, "checkpoint.unfinished").unlink(missing_ok=True)
             sys.exit(
-                f"{config.output} could not be written: {reason or error}. A checkpoint in it "
-                f"is whole: make room, and go on by --resume {config.output}."
+                f"{config.output} could not be written: {reason or error}. If a checkpoint is "
+                f"in it, that is whole: make room, and go on by --resume {config.output}."
             )
     if WORLD > 1:
         dist.destroy_process_group()
