@@ -622,6 +622,8 @@ def sample(pipe: DiffusionPipeline, data: Data, config: Config) -> list[Image.Im
     drawing.register_modules(**dict.fromkeys(text))  # captions are encoded, so none of these works
     drawing.set_progress_bar_config(desc="sampling", leave=False)
     pipe.vae.to(DEVICE).use_tiling = config.size > 512
+    pipe.vae.tile_sample_min_size = 512
+    pipe.vae.tile_latent_min_size = 512 // pipe.vae_scale_factor
     for i, number in enumerate(range(1, len(data.texts))[:PROMPTS] or [EMPTY]):
         given = {"guidance_scale": config.guidance, "num_inference_steps": SAMPLING_STEPS}
         for prefix, row in (("", number), ("negative_", EMPTY)):
