@@ -1,7 +1,7 @@
 """Time of a training step, beside the least that its UNet calls take.
 
     python lab/bench.py                # lab/tiny-sd; every row below
-    python lab/bench.py --model sd15   # without a GPU: against the official arrangement, in 23 GB
+    python lab/bench.py --model sd15   # without a GPU: against the official arrangement, in 15 GB
     python lab/bench.py --model sdxl   # for a GPU of 80 GB, as all rows of sd15 are
 
 Weights and data are random, see models.py. Rows take turns, one step each, and a ratio is the
