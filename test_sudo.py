@@ -857,9 +857,9 @@ def names():
 
 
 def test_the_lines_on_the_first_screen_are_the_loss(names):
-    exec(snippet("def sudo("), names)
+    exec(snippet("def loss("), names)
     b, reference, results = batch(), tiny_unet(), []
-    for loss in (names["sudo"], partial(sudo.sudo_loss, losers=b.winners.roll(1, 0))):
+    for loss in (names["loss"], partial(sudo.sudo_loss, losers=b.winners.roll(1, 0))):
         policy = moved(reference, 1e-3)
         torch.manual_seed(3)  # both draw the noise and then the timesteps
         value = loss(policy, reference, DDPMScheduler(), b.winners, b.conditions)

@@ -62,7 +62,7 @@ def grid(lrs: tuple, *more: tuple[float, float], beta: float = 400.0) -> tuple:
 
 
 TRIED = grid((2e-5, 3e-5, 5e-5), (3e-5, 800.0))  # of each method alike, unless it says more
-OF_PAIRS = grid((1e-5, 2e-5, 5e-5, 1e-4), (5e-5, 1600.0))
+OF_PAIRS = grid((1e-5, 2e-5, 5e-5, 1e-4, 2e-4))
 OF_LORA = grid((2e-4, 5e-4, 1e-3))
 
 
@@ -92,9 +92,9 @@ WITHOUT_MSE = Method("SFT, then SUDO without MSE", "dpo", seeds=10, **FROM_SFT)
 HEADLINES = [BASE, SFT, SUDO, SFT_SUDO, WITHOUT_MSE]
 
 # What the paper compares, on pairs.py: the base model draws, and the judge prefers.
-SFT_GRID = grid((5e-5, 1e-4, 2e-4, 3e-4), beta=0.0)
-DRAWN_SFT = Method("SFT on preferred", "sft", 800, grid=SFT_GRID, data="preferred")
 PREFERRED = {"grid": OF_PAIRS, "data": "preferred", "chosen_on": (100,)}
+SFT_GRID = {"grid": grid((5e-5, 1e-4, 2e-4, 3e-4, 5e-4), beta=0.0)}
+DRAWN_SFT = Method("SFT on preferred", "sft", 800, **PREFERRED | SFT_GRID)
 PAIRS = PREFERRED | {"data": "pairs"}
 AFTER = {"steps": 150, "after": DRAWN_SFT}
 DPO = Method("DPO on pairs", "dpo", **PAIRS)
@@ -208,8 +208,9 @@ def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: i
             result[scale] += measure.spread(*drawings)  # of places, then of sizes
         if pictured and scale == "1":
             keep("then SUDO" if method.after else "base", drawings[0])
-        # For the drawn pairs the branch of the reference is not asked for.
-        if scale != "1" and method.loss != "sft" and method.data == SFT.data:
+        # Asked where guidance does harm: at the lr that is best without it, on captions.jsonl.
+        asked = method.loss != "sft" and method.data == SFT.data and lr == recipe.lr
+        if scale != "1" and asked:
             with measure.unconditional_branch_of(reference, pipe):
                 result[f"{scale} ref"], _ = measure.judge(pipe, split, scale, seed)
     return result | measure.drift(pipe, reference, split)

@@ -11,6 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
+from PIL import Image
+
 import compare
 import measure
 import world
@@ -59,13 +62,6 @@ def rows_of(results: dict) -> dict[tuple[str, Method], tuple[Row, Row]]:
                 if any(row.cells for row in pair):
                     rows[model, method] = tuple(pair)
     return rows
-
-
-def for_each_use(pair: tuple[Row, Row]) -> tuple[Row, Row]:
-    """The two rows; where one use's own choice has no two seeds yet, that of the other serves."""
-    free, guided = pair
-    few = [len(row.cells) < 2 for row in pair]
-    return guided if few[0] else free, free if few[1] else guided
 
 
 def every(rows: dict) -> Iterator[Row]:
@@ -118,7 +114,7 @@ def by_use(rows: dict, methods: list[Method]) -> Iterator[list[str]]:
     """A line for each method: what it does without guidance, then what it does with guidance."""
     for method in methods:
         if (TINY, method) in rows:
-            free, guided = for_each_use(rows[TINY, method])
+            free, guided = rows[TINY, method]
             line = [method.name, shown(free.whole("1")), at(guided, guided.best())]
             yield [*line, shown(guided.whole("5"))]
 
@@ -126,12 +122,12 @@ def by_use(rows: dict, methods: list[Method]) -> Iterator[list[str]]:
 def leads(rows: dict) -> Iterator[list[str]]:
     """A line for each two methods that are compared: one with SFT, or with what has labels."""
     for (model, method), pair in rows.items():
-        free, guided = for_each_use(pair)
+        free, guided = pair
         sft = compare.SFT if method.data == compare.SFT.data else compare.DRAWN_SFT
         for other in (sft, compare.AGAINST_LABELS.get(method)):
             if method in (BASE, other) or (model, other) not in rows:
                 continue
-            its, its_guided = for_each_use(rows[model, other])
+            its, its_guided = rows[model, other]
             both = ((free, its), (guided, its_guided))
             seeds = ", ".join(str(len(a.cells.keys() & b.cells.keys())) for a, b in both)
             yield [
@@ -149,19 +145,16 @@ def scores(row: Row) -> list[str]:
 
 
 def other_measurements(row: Row) -> list[str]:
-    cells, line = list(row.cells.values()), [row.name, row.use]
-
-    def add(values: list) -> None:
-        """A column of some numbers, from as many cells as have them."""
-        line.append(", ".join(shown(list(column), 3) for column in zip(*values)))
-
-    add([(cell["1"][1], cell["3"][1]) for cell in cells])
-    add([(cell["winner_drift"], cell["loser_drift"]) for cell in cells])
-    add([(cell["implicit_acc"],) for cell in cells])
-    for scale in ("1", row.best()):
+    cells = list(row.cells.values())
+    columns = [
+        [(cell["1"][1], cell["3"][1]) for cell in cells],
+        [(cell["winner_drift"], cell["loser_drift"]) for cell in cells],
+        [(cell["implicit_acc"],) for cell in cells],
         # An older version measured the spread with guidance in few of the cells or in none.
-        add([cell[scale][2:] for cell in cells if cell[scale][2:]])
-    return line
+        *([cell[name][2:] for cell in cells if cell[name][2:]] for name in ("1", row.best())),
+    ]
+    texts = (", ".join(shown([*values], 3) for values in zip(*column)) for column in columns)
+    return [row.name, row.use, *texts]
 
 
 def tried(results: dict) -> Iterator[list[str]]:
@@ -195,46 +188,47 @@ def tables(results: dict) -> None:
     table(head, [*map(other_measurements, every(rows)), last])
     table(f"whole matches, validation captions | lr, β | {scales}", tried(results))
     base = results[compare.key(compare.TINY, BASE, "validation", 0.0, 0.0, 100)]
-    size = base["typical_difference"]
-    print(f"Base model: median |e_w - e_l| {size:.4f}, one unit of u at β = {2 / size:.0f}")
+    print("Base model: median |e_w - e_l| {:.4f}".format(base["typical_difference"]))
 
 
 # ------------------------------------------- the figures
 
 
-def before_and_after():
-    """What seed 0 of the recipe drew without guidance, phase by phase, as a figure.
-
-    It has the first test captions whose pictures are legible in all phases. That asks whether one
-    can tell what is there, not whether it is right; but clear pictures are right more often, in
-    every phase. So the count over all test captions stands beside each phase.
-    """
-    import matplotlib.pyplot as plt
-
-    texts = world.captions("test")
-    phases = {name: compare.kept(name) for name in PHASES}
-    right = {n: [world.score(*pair)[0] for pair in zip(phases[n], texts)] for n in PHASES}
-    fit = [i for i in range(len(texts)) if all(measure.legible(phases[n][i]) for n in PHASES)]
-    figure, axes = plt.subplots(len(PHASES), SHOWN, figsize=(13.6, 5.2))
-    for row, name in zip(axes, PHASES):
-        count = f"{sum(right[name])} of {len(texts)}"
-        print(f"{name}: {count} match, {sum(right[name][i] for i in fit)} of {len(fit)} legible")
-        row[0].set_ylabel(f"{name}\n{count}", rotation=0, ha="right", va="center")
-        for axis, i in zip(row, fit):
-            axis.imshow(phases[name][i])
+def show(rows: dict[str, list[Image.Image]], titles: list[str], judged: bool = True):
+    """Named rows of pictures under their titles; red: the judge finds no match with the title."""
+    size = 1.6 * len(titles) + 1, 1.55 * len(rows) + 0.5
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=size)
+    for row, (name, pictures) in zip(axes, rows.items()):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axis, picture, title in zip(row, pictures, titles):
+            axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
-            if not right[name][i]:
+            if judged and not world.score(picture, title)[0]:
                 axis.spines[:].set(color="red", linewidth=3)
-    for axis, i in zip(axes[0], fit):
-        axis.set_title(texts[i].replace(" left", "\nleft").replace(" on", "\non"), fontsize=8)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title.replace(" left", "\nleft").replace(" on", "\non"), fontsize=8)
     figure.tight_layout(pad=0.3, w_pad=0.8, h_pad=0.8)
     return figure
 
 
+def before_and_after():
+    """What seed 0 of the recipe drew without guidance: the first captions legible in all phases.
+
+    Legible pictures are right more often, so the count over all test captions stands beside them.
+    """
+    texts, rows = world.captions("test"), {}
+    phases = {name: compare.kept(name) for name in PHASES}
+    fit = [i for i, each in enumerate(zip(*phases.values())) if all(map(measure.legible, each))]
+    for name, pictures in phases.items():
+        right = [world.score(*pair)[0] for pair in zip(pictures, texts)]
+        count = f"{sum(right)} of {len(texts)}"
+        print(f"{name}: {count} match, {sum(right[i] for i in fit)} of {len(fit)} legible")
+        rows[f"{name}\n{count}"] = [pictures[i] for i in fit[:SHOWN]]
+    return show(rows, [texts[i] for i in fit[:SHOWN]])
+
+
 def curves(results: dict):
     """Whole matches against the guidance scale, a panel for each choice of lr and β."""
-    import matplotlib.pyplot as plt
-
     rows = rows_of(results)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     colours = "0.5", "#0072b2", "#e69f00", "#d55e00", "#009e73"
@@ -242,10 +236,10 @@ def curves(results: dict):
         for i, (method, colour) in enumerate(zip(HEADLINES, colours)):
             row = rows[TINY, method][which]
             for branch, style in (("", "o-"), (BRANCH, "o--")):
-                names = [name for name in SCALES if row.whole(name + branch)]
-                if names:
-                    means, halves = zip(*(interval(row.whole(name + branch)) for name in names))
-                    beside = [float(name) + 0.02 * i for name in names]  # no bar hides another
+                values = {name: row.whole(name + branch) for name in SCALES}
+                beside = [float(name) + 0.02 * i for name in SCALES if values[name]]
+                if beside:
+                    means, halves = zip(*map(interval, filter(None, values.values())))
                     label = method.name + ", reference's branch" * bool(branch)
                     axis.errorbar(beside, means, halves, None, style, color=colour, label=label)
         title = f"chosen for sampling {('without', 'with')[which]} guidance"
