@@ -79,11 +79,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def shown(values: list[float], digits: int = 2) -> str:
-    """The mean ± half of the interval; "" for no value, and no interval for a single one."""
+    """The mean ± half of the interval; "" for no value, and no interval for one or two."""
     if not values:
         return ""
     mean, half = interval(values)
-    return f"{mean:.{digits}f}" + f" ± {half:.{digits}f}" * (len(values) > 1)
+    return f"{mean:.{digits}f}" + f" ± {half:.{digits}f}" * (len(values) > 2)
 
 
 def at(row: Row, name: str) -> str:
