@@ -193,7 +193,7 @@ def test_the_plan_leaves_no_cell_out_and_names_none_too_early():
 def test_a_lead_is_paired_by_seed():
     a, b = (
         report.Row("", (0.0, 0.0), "both", {}, {n: {"1": [0.5 + sign * n / 10]} for n in seeds})
-        for sign, seeds in ((1, (0, 1, 2)), (1, (1, 2, 3)))
+        for sign, seeds in ((1, (0, 1, 2, 3)), (1, (1, 2, 3, 4)))
     )
     assert report.lead(a, "1", b, "1") == "0.000 ± 0.000"
     assert report.lead(a, "", b, "1") == ""
