@@ -1,11 +1,12 @@
-"""What a run takes, counted without a GPU: memory, work, and what fits which card.
+"""What a run takes: memory, work, and what fits which card.
 
-    python lab/fit.py
+    python lab/fit.py  # counts without a GPU; on a GPU it measures the memory instead
 
 The trainer's own steps run at full width on meta tensors, which have a shape and no data. They take
 the place of a card's: the counter follows which of them are alive. models.py has the models.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,7 @@ import models
 import train_tiny
 from report import table
 
+CUDA = train_tiny.DEVICE.type == "cuda"
 MODELS = ("sd15", "sdxl")
 KINDS = ("--lora 16", "--optimizer adafactor", "--optimizer adamw")  # the least memory first
 WAYS = ("--gradient-checkpointing", "--no-gradient-checkpointing")
@@ -108,11 +110,32 @@ def card(low: torch.dtype = torch.bfloat16) -> Iterator[None]:
 # ------------------------------------------- what is counted
 
 
+class Measured:
+    """What `Live` counts, read from torch's allocator on a real GPU."""
+
+    now = property(lambda self: torch.cuda.memory_allocated())
+
+    def lap(self) -> float:
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+@contextmanager
+def memory_of(low: torch.dtype = torch.bfloat16) -> Iterator[Live | Measured]:
+    """The memory of this machine's GPU, or where it has none that of a card of meta tensors."""
+    if CUDA:
+        yield Measured()
+    else:
+        with card(low), Live() as live:
+            yield live
+
+
 @torch.no_grad()
 def encoding(model: str) -> dict[str, float]:
     """GB for captions, and then for pictures, as many at once as `train_tiny.encode` takes."""
     size, at_once = (512, 4) if model == "sd15" else (1024, 1)
-    with card(torch.float32), train_tiny.DEVICE, Live() as live:
+    with memory_of(torch.float32) as live, train_tiny.DEVICE:
         for encoder in (texts := models.text_encoders(model)):
             encoder(torch.zeros(32, 77, dtype=torch.long), output_hidden_states=True)
         captions = live.lap()
@@ -130,15 +153,20 @@ def memory(row: str) -> dict:
     """
     model, *flags = row.split()
     peaks = encoding(model)
-    with card(), Live() as live:
+    with memory_of() as live:
         run = models.random_run(model, "--grad-accum", "1", *flags)
         peaks["weights arrived"] = live.now / 1e9
         next(run.steps())
         for way, B in product(WAYS, BATCHES):
             live.lap()
             run.checkpoint(way == WAYS[0])
-            next(run.change(batch_size=B, grad_accum=2).steps())
-            peaks[way, B] = live.lap()
+            try:
+                next(run.change(batch_size=B, grad_accum=2).steps())
+                peaks[way, B] = live.lap()
+            except torch.OutOfMemoryError:
+                peaks[way, B] = math.inf
+                run.optimizer.zero_grad()
+        live.lap()
         inputs = run.inputs(2)  # two rows, for guidance
         with torch.no_grad(), train_tiny.half_precision(), train_tiny.DEVICE:
             vae = models.vae(model)
@@ -179,7 +207,7 @@ def memories(pool: ProcessPoolExecutor) -> None:
     rows = [" ".join(row) for row in product(MODELS, KINDS)]
     peaks = dict(zip(rows, tqdm(pool.map(memory, rows), "memory", len(rows))))
     lines = [
-        [f"`{row} {way}`", *(f"{peaks[row][way, B]:.1f}" for B in BATCHES)]
+        [f"`{row} {way}`", *(f"{peaks[row][way, B]:.1f}".replace("inf", "-") for B in BATCHES)]
         for row, way in product(rows, WAYS)
     ]
     sizes = " | ".join(f"`--batch-size {B}`" for B in BATCHES)
@@ -230,8 +258,10 @@ def works(pool: ProcessPoolExecutor) -> None:
 
 
 def main() -> None:
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1 if CUDA else None, spawn, max_tasks_per_child=1) as pool:
         memories(pool)
+    with ProcessPoolExecutor(None, spawn) as pool:
         works(pool)
 
 
