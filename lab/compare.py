@@ -47,6 +47,7 @@ RESULTS, STRIPS = LAB / "results.json", LAB / "strips"
 SCALES = ("1", "1.5", "2", "3", "5")  # of guidance; 1 is without
 TINY = train_tiny.TINY
 FIRST = 400  # steps of SFT where it comes first
+CHOSEN_ON = (100, 101)  # seeds of the validation cells
 
 
 # ------------------------------------------- the methods
@@ -62,7 +63,13 @@ def grid(lrs: tuple, *more: tuple[float, float], beta: float = 400.0) -> tuple:
 
 
 TRIED = grid((2e-5, 3e-5, 5e-5), (3e-5, 800.0))  # of each method alike, unless it says more
-OF_PAIRS = grid((1e-5, 2e-5, 5e-5, 1e-4, 2e-4))
+GENTLER = (1e-5, 400.0), *TRIED
+OF_PAIRS = (
+    *grid((1e-5, 2e-5, 5e-5, 1e-4, 2e-4)),
+    *grid((2e-5, 5e-5), beta=1600.0),
+    *grid((2e-5, 5e-5, 1e-4), beta=100.0),
+    *grid((5e-5,), beta=25.0),
+)
 OF_LORA = grid((2e-4, 5e-4, 1e-3))
 
 
@@ -79,23 +86,22 @@ class Method:
     losers: Callable | None = None  # rows of other losers, preferred against under "" too
     pictures: int = 384  # the first of captions.jsonl
     like: "Method | None" = None  # the method whose lr and β this one takes over
-    chosen_on: tuple[int, ...] = (100, 101)  # seeds of its validation cells
     seeds: int = 5  # on the test captions
 
 
 BASE = Method("base model", "sft", 0, grid=((0.0, 0.0),), seeds=10)
 SFT = Method("SFT", "sft", 800, grid=grid((1e-4, 2e-4, 3e-4, 5e-4), beta=0.0), seeds=10)
-SUDO = Method("SUDO", seeds=10)
+SUDO = Method("SUDO", grid=GENTLER, seeds=10)
 FROM_SFT = {"steps": 150, "after": SFT}
-SFT_SUDO = Method("SFT, then SUDO", seeds=10, **FROM_SFT)
-WITHOUT_MSE = Method("SFT, then SUDO without MSE", "dpo", seeds=10, **FROM_SFT)
+SFT_SUDO = Method("SFT, then SUDO", grid=GENTLER, seeds=10, **FROM_SFT)
+WITHOUT_MSE = Method("SFT, then SUDO without MSE", "dpo", grid=GENTLER, seeds=10, **FROM_SFT)
 HEADLINES = [BASE, SFT, SUDO, SFT_SUDO, WITHOUT_MSE]
 
 # What the paper compares, on pairs.py: the base model draws, and the judge prefers.
-PREFERRED = {"grid": OF_PAIRS, "data": "preferred", "chosen_on": (100,)}
-SFT_GRID = {"grid": grid((5e-5, 1e-4, 2e-4, 3e-4, 5e-4), beta=0.0)}
-DRAWN_SFT = Method("SFT on preferred", "sft", 800, **PREFERRED | SFT_GRID)
-PAIRS = PREFERRED | {"data": "pairs"}
+OF_DRAWN_SFT = grid((5e-5, 1e-4, 2e-4, 3e-4, 5e-4), beta=0.0)
+DRAWN_SFT = Method("SFT on preferred", "sft", 800, grid=OF_DRAWN_SFT, data="preferred")
+PREFERRED = {"grid": OF_PAIRS, "seeds": 10, "data": "preferred"}
+PAIRS = {"grid": OF_PAIRS, "seeds": 10, "data": "pairs"}
 AFTER = {"steps": 150, "after": DRAWN_SFT}
 DPO = Method("DPO on pairs", "dpo", **PAIRS)
 SFT_DPO = Method("SFT, then DPO on pairs", "dpo", **AFTER, **PAIRS)
@@ -126,7 +132,8 @@ ON_OTHER_BASES = [BASE, SFT, SFT_SUDO, WITHOUT_MSE, DPO]
 
 def train(pipe, data: train_tiny.Data, config: train_tiny.Config, losers: Callable | None = None):
     """The trainer's own loop, with losers of the method's. Returns the model that it began with."""
-    began_with = sudo.frozen_copy(pipe.unet)
+    # In the layout that it trains in: on a GPU the same weights give other last digits in another.
+    began_with = sudo.frozen_copy(pipe.unet).to(memory_format=torch.channels_last)
     unet, reference, optimizer = train_tiny.prepare(pipe, config)
     given = {"reference": reference, "scheduler": pipe.scheduler, "beta": config.beta}
     loss_fn = partial(train_tiny.LOSSES[config.loss], **given)
@@ -182,6 +189,8 @@ def data_of(pipe, method: Method, config: train_tiny.Config) -> train_tiny.Data:
 def cell(model: str, method: Method, split: str, lr: float, beta: float, seed: int, sft_lr: float):
     """Train the method from the model and judge it on "validation" or "test"."""
     torch.set_num_threads(1)  # a process for each core is faster than all cores on one tiny model
+    # In fp32 on a GPU too, so that its cells can stand beside those of a CPU.
+    train_tiny.BF16 = torch.backends.cudnn.allow_tf32 = False
     pipe = DiffusionPipeline.from_pretrained(model).to(train_tiny.DEVICE)
     data = LAB.parent / method.data if method.data == SFT.data else pairs.drawn(pipe, model)
     recipe = train_tiny.parse(["--data", str(data), "--model", model])
@@ -236,7 +245,7 @@ def key(model: str, method: Method, split: str, lr: float, beta: float, seed: in
 
 def validation(method: Method, results: dict) -> dict[tuple[float, float], dict[str, float]]:
     """Whole matches by lr and β, then by name of the scale. KeyError where a cell is missing."""
-    jobs = {s: [(TINY, method, "validation", *s, n) for n in method.chosen_on] for s in method.grid}
+    jobs = {s: [(TINY, method, "validation", *s, n) for n in CHOSEN_ON] for s in method.grid}
     cells = {setting: [results[key(*job)] for job in jobs[setting]] for setting in jobs}
     return {
         setting: {
@@ -262,7 +271,7 @@ def choices(method: Method, results: dict) -> tuple[tuple, tuple]:
     without = max(tried, key=lambda setting: tried[setting]["1"])
     harmless = tried
     if method.loss != "sft":
-        sft = replace(SFT if method.data == SFT.data else DRAWN_SFT, chosen_on=method.chosen_on)
+        sft = SFT if method.data == SFT.data else DRAWN_SFT
         floor = max(validation(sft, results).values(), key=guided)["5"]
         harmless = {setting: whole for setting, whole in tried.items() if whole["5"] >= floor}
     if harmless:
@@ -287,7 +296,7 @@ def plan(results: dict, bases: list[str]) -> Iterator[tuple]:
         for method in methods:
             with suppress(KeyError):  # the SFT that comes first has not chosen
                 first = sft_lr(method, results)
-                for n in () if method.like else method.chosen_on:
+                for n in () if method.like else CHOSEN_ON:
                     yield from ((TINY, method, "validation", *s, n, first) for s in method.grid)
         yield from tests(methods, TINY, results)
     for base in bases:
@@ -307,7 +316,9 @@ def tests(methods: list[Method], model: str, results: dict) -> Iterator[tuple]:
 
 def run(results: dict, bases: list[str]) -> None:
     """Whenever a process is free it takes the first cell of the plan that is not there yet."""
-    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    workers = os.cpu_count()
+    if torch.cuda.is_available():  # of whose memory a process takes up to 2 GB
+        workers = min(workers, torch.cuda.get_device_properties(0).total_memory // 2_000_000_000)
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # of the workers
     running = {}
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

@@ -188,7 +188,8 @@ def tables(results: dict) -> None:
     table(head, [*map(other_measurements, every(rows)), last])
     table(f"whole matches, validation captions | lr, β | {scales}", tried(results))
     base = results[compare.key(compare.TINY, BASE, "validation", 0.0, 0.0, 100)]
-    print("Base model: median |e_w - e_l| {:.4f}".format(base["typical_difference"]))
+    median = base["typical_difference"]
+    print(f"Base model: median |e_w - e_l| {median:.4f}, one unit of u at β = {2 / median:.0f}")
 
 
 # ------------------------------------------- the figures

@@ -124,6 +124,22 @@ def size(values):
     return sum(map(size, values.values() if isinstance(values, dict) else values))
 
 
+def test_a_batch_that_does_not_fit_fits_no_card(small, monkeypatch):
+    steps = models.Run.steps
+
+    def limited(run):
+        if run.config.batch_size > 4:
+            raise torch.OutOfMemoryError
+        return steps(run)
+
+    monkeypatch.setattr(models.Run, "steps", limited)
+    monkeypatch.setattr(fit, "BATCHES", (2, 8))
+    peaks = fit.memory("sd15 --lora 16")
+    for way in fit.WAYS:
+        assert fit.needed(peaks, way, 2) < 2
+        assert fit.needed(peaks, way, 8) == math.inf
+
+
 @pytest.mark.parametrize("kind", fit.KINDS)
 def test_a_count_is_that_of_a_real_run(small, monkeypatch, kind):
     monkeypatch.setattr(fit, "BATCHES", (2,))
