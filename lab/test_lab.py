@@ -148,13 +148,13 @@ METHOD = replace(compare.SUDO, grid=((1.0, 400.0), (2.0, 400.0), (3.0, 400.0)))
 
 
 def cells(method, whole_by_setting):
-    """Results with these whole matches, by scale, of each setting: the mean of two seeds'."""
+    """Results whose mean over two seeds has these whole matches, by scale, for each setting."""
     return {
         compare.key(compare.TINY, method, "validation", *setting, seed): {
             scale: [whole + aside, 1.0] for scale, whole in zip(compare.SCALES, wholes)
         }
-        for setting, wholes in zip(method.grid, whole_by_setting)
-        for seed, aside in zip(compare.CHOSEN_ON, (-0.25, 0.25))
+        for number, (setting, wholes) in enumerate(zip(method.grid, whole_by_setting))
+        for seed, aside in zip(compare.CHOSEN_ON, (-0.25 * number, 0.25 * number))
     }
 
 
