@@ -101,7 +101,7 @@ HEADLINES = [BASE, SFT, SUDO, SFT_SUDO, WITHOUT_MSE]
 OF_DRAWN_SFT = grid((5e-5, 1e-4, 2e-4, 3e-4, 5e-4), beta=0.0)
 DRAWN_SFT = Method("SFT on preferred", "sft", 800, grid=OF_DRAWN_SFT, data="preferred")
 PREFERRED = {"grid": OF_PAIRS, "seeds": 10, "data": "preferred"}
-PAIRS = {"grid": OF_PAIRS, "seeds": 10, "data": "pairs"}
+PAIRS = PREFERRED | {"data": "pairs"}
 AFTER = {"steps": 150, "after": DRAWN_SFT}
 DPO = Method("DPO on pairs", "dpo", **PAIRS)
 SFT_DPO = Method("SFT, then DPO on pairs", "dpo", **AFTER, **PAIRS)

@@ -149,7 +149,7 @@ def memory(row: str) -> dict:
     """GB at the peak of each part of a run, of a step by its (way of WAYS, size of BATCHES).
 
     The optimizer has its state from an earlier step, and the second micro-batch of a step finds the
-    gradients of the first.
+    gradients of the first. A step that does not fit in the memory of a real GPU has infinity.
     """
     model, *flags = row.split()
     peaks = encoding(model)
@@ -259,6 +259,7 @@ def works(pool: ProcessPoolExecutor) -> None:
 
 def main() -> None:
     spawn = get_context("spawn")
+    # What a row leaves in the memory of a GPU goes with its process.
     with ProcessPoolExecutor(1 if CUDA else None, spawn, max_tasks_per_child=1) as pool:
         memories(pool)
     with ProcessPoolExecutor(None, spawn) as pool:
