@@ -1,11 +1,12 @@
 """SUDO (Self-DPO at NeurIPS): preference optimisation of diffusion models without labels.
 
-Paper: Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference Optimization for Text-to-Image
-Diffusion Models", NeurIPS 2025 (arXiv 2504.14534 names the method SUDO), whose equations and tables
-are cited. S:1065 is line 1065 of the official train.py, github.com/SPengLiang/SUDO at 1e5a282.
+Equations and tables are those of Peng, Wu, Cheng, Zhao, He: "Self-Supervised Direct Preference
+Optimization for Text-to-Image Diffusion Models", NeurIPS 2025 (arXiv 2504.14534 names it SUDO).
+S:1065 is line 1065 of the official train.py, github.com/SPengLiang/SUDO at 1e5a282.
 
-Every training image is a winner x_w. Its loser x_l (the paper's x_sl) is another image under the
-winner's caption c. Both get the same noise ε at the same timestep t. With the errors
+Every training image is a winner x_w. Its loser x_l (the paper's x_sl) is another image, paired with
+the winner's caption c. Both get the same noise ε at the same timestep t, in the official code
+(S:1065-1067; the paper writes ε_w and ε_sl). With the errors
 
     e_w, e_l   of the policy, the model in training:    e_w = mean (ε_θ(x_w^t, t, c) - ε)²
     r_w, r_l   of the reference, its frozen initial copy
@@ -16,8 +17,15 @@ the objective is
     L_dpo = mean( -log σ(u) )                                                              Eq. 8
     L     = λ1 · L_dpo + λ2 · mean(e_w)               β = 5000, λ1 = λ2 = 0.5              Eq. 9
 
-The paper writes squared norms and C = -2500 (section 4.1). That C is -β/2 with β = 5000, and that
-errors are means, is the official code's (S:1154, 1137).
+DPO compares log-ratios, log p_θ(x|c) / p_ref(x|c). Here -β/2 · (e - r) stands for β times that of
+an image, up to a factor per timestep that Diffusion-DPO folds into β, so that u is the winner's
+less the loser's. The paper writes squared norms and C = -2500 (section 4.1). That C is -β/2 with
+β = 5000, and that errors are means, is the official code's (S:1154, 1137). In this file
+
+    Downgrade(x_w)           is `random_image`, or `blur` or `random_grid`
+    x_w^t, x_sl^t            come from `make_pairs`
+    |ε - ε_θ(x^t, t, c)|²    is `denoising_error`
+    Eq. 8, Eq. 9             are `implicit_margin`, `sudo_objective`; `sudo_loss` is the whole step
 
 The paper's model is a UNet that predicts ε. A UNet or transformer that predicts something else has
 another target in e and r, and perhaps other coefficients in x^t = a x + b ε; all else is the same:
@@ -27,7 +35,7 @@ another target in e and r, and perhaps other coefficients in x^t = a x + b ε; a
     v_prediction        √ᾱ_t      √(1 - ᾱ_t)      a ε - b x      Stable Diffusion 2
     flow matching       1 - t/T   t/T             ε - x          Stable Diffusion 3, Flux
 
-In any trainer of a diffusers UNet (README.md shows the same for a transformer):
+In any trainer of a diffusers UNet (lab/guide.md shows the same for a transformer):
 
     from sudo import frozen_copy, sudo_loss
     reference = frozen_copy(unet)  # once, before the first step
@@ -38,14 +46,17 @@ In any trainer of a diffusers UNet (README.md shows the same for a transformer):
 Three choices differ from the official code on purpose (lab/fidelity.md lists all differences):
 
 1. No image is its own loser, while S:1018-1027 leaves one per micro-batch in its place on average.
+   Where captions repeat, its loser may still have its caption: train_tiny.py's draw forbids that.
 2. `pair_weight` can switch the preference term off where the caption was dropped to "", because an
    empty caption favours neither image. The official code prefers the winner there too (S:354).
+   With a fifth of the pairs at weight 0, λ1 = 0.5 is 0.4 in effect.
 3. Policy and reference run the same arithmetic with fp32 errors, so that u is exactly 0 at the
    start (if both are in eval mode, see `frozen_copy`). The official reference is in half precision
    (S:939, 1149).
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,7 +64,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ------------------------------------------- Downgrade: a loser for every winner (Table 3)
+# ------------------------------------------- the method: a loser, a pair, errors, objective, step
 
 
 def random_image(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -63,10 +74,7 @@ def random_image(images: Tensor, generator: torch.Generator | None = None) -> Te
     so that no image keeps its place and any other is equally likely. Raises ValueError if B = 1.
     """
     if len(images) < 2:
-        raise ValueError(
-            "a batch of one has no other image to be the loser: pass losers= drawn from the whole "
-            "data set, or use larger batches (and drop_last=True, where the last is smaller)"
-        )
+        raise ValueError("a batch of one has no loser: pass losers=, or set drop_last=True")
     device = _random_device(images, generator)
     cycle = torch.randperm(len(images), generator=generator, device=device).to(images.device)
     losers = torch.empty_like(images)
@@ -74,41 +82,13 @@ def random_image(images: Tensor, generator: torch.Generator | None = None) -> Te
     return losers
 
 
-def blur(images: Tensor, factor: int = 4) -> Tensor:
-    """Shrink by `factor` and enlarge again (Table 3). images and result: (B, C, H, W) pixels."""
-    H, W = images.shape[-2:]
-    small = F.interpolate(images, (H // factor, W // factor), mode="bilinear", antialias=True)
-    return F.interpolate(small, (H, W), mode="bilinear")
-
-
-def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None = None) -> Tensor:
-    """Cut each image into grid x grid cells and swap two of them, drawn anew for each (Table 3).
-
-    images: (B, C, H, W) pixels, as is the result. grid: 2 or more; ValueError if H, W don't divide.
-    """
-    B, C, H, W = images.shape
-    if H % grid or W % grid:
-        raise ValueError(f"{H} x {W} pixels do not divide into {grid} x {grid} cells")
-    h, w, n = H // grid, W // grid, grid * grid
-    cells = images.reshape(B, C, grid, h, grid, w).permute(0, 2, 4, 1, 3, 5).reshape(B, n, C, h, w)
-    draw = {"size": (B,), "generator": generator, "device": _random_device(images, generator)}
-    first = torch.randint(n, **draw).to(images.device)
-    second = (first + torch.randint(1, n, **draw).to(images.device)) % n  # any cell but the first
-    row = torch.arange(B, device=images.device)
-    swapped = cells.clone()
-    swapped[row, first], swapped[row, second] = cells[row, second], cells[row, first]
-    return swapped.view(B, grid, grid, C, h, w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
-
-
-# ------------------------------------------- pairs: the same ε and the same t for both
-
-
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler: Any) -> Tensor:
     """x_t = a x_0 + b ε, in fp32; the module's head has a and b.
 
     latents, noise: (B, ...), such as (B, C, H, W), a video's (B, C, F, H, W) or Flux's packed
     (B, S, D). timesteps: (B,) integers, or for flow matching floats in 0..T, t = σ·T. Returns the
-    shape of latents. Raises ValueError for a scheduler that fits none of the three predictions.
+    shape of latents. Raises ValueError for an unfit scheduler, or timesteps of another dtype or
+    (where they lie on the CPU) out of range.
     """
     a, b = _coefficients(latents, timesteps, scheduler)
     return a * latents.float() + b * noise.float()
@@ -119,14 +99,13 @@ def training_target(latents: Tensor, noise: Tensor, timesteps: Tensor, scheduler
 
     Shapes and ValueError as in `add_noise`.
     """
-    x_0, eps = latents.float(), noise.float()
     prediction_type = _prediction_type(scheduler)
     if prediction_type == "epsilon":
-        return eps
+        return noise.float()
     if prediction_type == "flow_prediction":
-        return eps - x_0
+        return noise.float() - latents.float()
     a, b = _coefficients(latents, timesteps, scheduler)
-    return a * eps - b * x_0
+    return a * noise.float() - b * latents.float()
 
 
 class Pairs(NamedTuple):
@@ -151,31 +130,29 @@ def make_pairs(
     scheduler: one of diffusers, with ε- or v-prediction and alphas_cumprod, or of flow matching; T
     is its config.num_train_timesteps. winners, losers: (B, ...) clean scaled latents, as in
     `add_noise`, in the dtype that the model takes. noise: the same shape, ~ N(0, I) if None.
-    timesteps: (B,), if None ~ U{0..T-1}, or for flow matching ~ U(0, T). Raises ValueError for
-    another scheduler or where a shape differs.
+    timesteps: (B,), if None ~ U{0..T-1}, or for flow matching ~ U(0, T). Raises ValueError where a
+    shape differs, and as `add_noise`.
     """
-    B, device = len(winners), _random_device(winners, generator)
+    B = len(winners)
+    device = _random_device(winners, generator)
     if noise is None:
         noise = torch.randn(winners.shape, generator=generator, device=device)
     if timesteps is None:
-        flow = _prediction_type(scheduler) == "flow_prediction"
-        T, draw = scheduler.config.num_train_timesteps, {"generator": generator, "device": device}
-        timesteps = T * torch.rand(B, **draw) if flow else torch.randint(T, (B,), **draw)
+        T = scheduler.config.num_train_timesteps
+        if _prediction_type(scheduler) == "flow_prediction":
+            timesteps = T * torch.rand(B, generator=generator, device=device)
+        else:
+            timesteps = torch.randint(T, (B,), generator=generator, device=device)
     _expect("losers", losers, winners.shape)
     _expect("noise", noise, winners.shape)
     _expect("timesteps", timesteps, (B,))
 
     x_0 = torch.cat([winners, losers])  # [2B, ...]
     noise = torch.cat([noise, noise]).to(x_0.device)
-    timesteps = torch.cat([timesteps, timesteps]).to(x_0.device)
-    return Pairs(
-        noisy=add_noise(x_0, noise, timesteps, scheduler).to(winners.dtype),
-        target=training_target(x_0, noise, timesteps, scheduler),
-        timesteps=timesteps,
-    )
-
-
-# ------------------------------------------- errors: one pass of a model over winners and losers
+    timesteps = torch.cat([timesteps, timesteps])
+    noisy = add_noise(x_0, noise, timesteps, scheduler).to(winners.dtype)
+    target = training_target(x_0, noise, timesteps, scheduler)
+    return Pairs(noisy, target, timesteps.to(x_0.device))
 
 
 def denoising_error(
@@ -187,25 +164,24 @@ def denoising_error(
     tensor, a tuple or a ModelOutput; a transformer, with its arguments in another order, comes in a
     lambda. The conditions are those of the B winners and are repeated for the losers:
     encoder_hidden_states (B, S, D) and all tensors in unet_kwargs, also inside dicts and lists
-    (SDXL's added_cond_kwargs). Raises ValueError where one has not B rows, or the target's shape is
-    not the prediction's.
+    (SDXL's added_cond_kwargs). Raises ValueError for another shape of a condition or a prediction.
     """
     B = len(pairs.timesteps) // 2
     condition = _repeat("encoder_hidden_states", encoder_hidden_states, B)
     unet_kwargs = {name: _repeat(name, value, B) for name, value in unet_kwargs.items()}
+    # A reference may lend the policy other weights for a pass; autocast would keep their casts.
+    torch.clear_autocast_cache()
     output = unet(pairs.noisy, pairs.timesteps, condition, **unet_kwargs)
     prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     _expect("the model's prediction", prediction, pairs.target.shape)
     return (prediction.float() - pairs.target).square().flatten(1).mean(1)
 
 
-# ------------------------------------------- the objective: arithmetic on errors alone
-
-
 def implicit_margin(errors: Tensor, ref_errors: Tensor, beta: float) -> Tensor:
     """u of Eq. 8 (S:1154-1155): (B,), from errors and ref_errors, (2B,) with winners first.
 
-    σ(u) is the probability that the policy prefers the winner, measured against the reference.
+    For one draw of t and ε, σ(u) is the probability that the policy, measured against the
+    reference, prefers the winner.
     """
     e_w, e_l = errors.chunk(2)
     r_w, r_l = ref_errors.chunk(2)
@@ -233,8 +209,8 @@ def sudo_objective(
         dpo              -log σ(u): ln 2 = 0.6931 at the start
         winner_error     e_w
         loser_error      e_l
-        winner_drift     e_w - r_w: below 0 where winners are learnt
-        loser_drift      e_l - r_l
+        winner_drift     e_w - r_w; both drifts usually rise,
+        loser_drift      e_l - r_l, and the losers' more
         margin           u
         implicit_acc     share of u > 0; a tie, u = 0, counts one half
         saturated        share of |u| > 10, where σ(u) is 0 or 1 to four decimals
@@ -263,11 +239,10 @@ def sudo_objective(
         "implicit_acc": (u > 0).float() + 0.5 * (u == 0),
         "saturated": (u.abs() > 10).float(),
     }
-    total = {name: (counted * value.detach().float()).sum() for name, value in values.items()}
-    return loss, {"pairs": pairs} | {name: total[name] / pairs.clamp(min=1) for name in total}
-
-
-# ------------------------------------------- the whole step
+    metrics = {"pairs": pairs}
+    for name, value in values.items():
+        metrics[name] = (counted * value.detach().float()).sum() / pairs.clamp(min=1)
+    return loss, metrics
 
 
 def sudo_loss(
@@ -289,25 +264,30 @@ def sudo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The SUDO loss of a batch, to call backward() on, and the metrics of `sudo_objective`.
 
-    unet: the policy, a UNet or a transformer in a lambda, as in `denoising_error`. reference: its
-    `frozen_copy`, or any callable like it (for LoRA: the policy with its adapters off), or the
-    (2B,) errors that the reference has on these very pairs. latents: clean scaled latents of the
-    winners, (B, C, H, W) for images, else as in `add_noise`, in the dtype that the model takes.
-    encoder_hidden_states: (B, S, D) of their captions. losers: shaped like latents,
-    `random_image(latents)` if None (ValueError for B = 1). beta: tied to the size of the model's
-    errors, as one unit of u is an error difference of 2/β; 5000 if None, and to be given for flow
-    matching (else ValueError). scheduler, noise, timesteps, generator: as in `make_pairs`;
-    pair_weight and the two weights: as in `sudo_objective`; unet_kwargs: as in `denoising_error`.
-    Raises ValueError for a wrong shape or an unfit scheduler.
+    unet: the policy, a UNet, or a transformer in a lambda, as in `denoising_error`.
+    reference: its `frozen_copy`, or any callable like it (for LoRA the policy with its adapters
+        off), or the (2B,) errors that the reference has on these very pairs.
+    latents: clean scaled latents of the winners, as in `add_noise`, in the model's dtype.
+    encoder_hidden_states: (B, S, D), of their captions.
+    losers: shaped like latents; `random_image(latents)` if None, which takes B > 1.
+    beta: β; one unit of u is an error difference of 2/β. 5000 if None, but not for flow matching.
+    scheduler, noise, timesteps, generator: as in `make_pairs`.
+    dpo_weight, mse_weight, pair_weight: as in `sudo_objective`.
+    unet_kwargs: further conditions, as in `denoising_error`.
+
+    Raises ValueError where one of them is unfit, and for a reference that is the policy itself.
     """
     if beta is None and _prediction_type(scheduler) == "flow_prediction":
-        raise ValueError("flow matching has no default β: pass beta=, as DDSPO's 2000 for SD3 LoRA")
+        raise ValueError("flow matching has no default β: pass beta= (see lab/guide.md)")
     beta = 5000.0 if beta is None else beta
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}, expected a positive number")
+    if _unwrapped(reference) is _unwrapped(unet):
+        raise ValueError("the reference has to be a frozen copy, or the policy with adapters off")
     if losers is None:
         losers = random_image(latents, generator)
-    pairs = make_pairs(
-        scheduler, latents, losers, noise=noise, timesteps=timesteps, generator=generator
-    )
+    drawn = {"noise": noise, "timesteps": timesteps, "generator": generator}
+    pairs = make_pairs(scheduler, latents, losers, **drawn)
     if isinstance(reference, Tensor):
         ref_errors = reference.detach()
     else:
@@ -320,19 +300,49 @@ def sudo_loss(
 def frozen_copy(unet: torch.nn.Module) -> torch.nn.Module:
     """The reference: the model as it is now, same dtype and device, in eval mode, no gradient.
 
-    Train the policy in eval mode as well: in training mode diffusers lays some tensors out
-    otherwise, and u starts at rounding error (1e-7 times β), not at 0. But eval mode silences
-    dropout, LoRA's too, and in diffusers before its pull request 9878 gradient checkpointing; where
-    you need these, train in training mode. Under FSDP or ZeRO-3 make and shard the reference apart,
-    before the policy is sharded, or use LoRA with its adapters off. Raises ValueError where some
-    forward was replaced by a function, which the copy would share (a bound method is fine).
+    Train the policy in eval mode too: in training mode diffusers lays some tensors out otherwise,
+    and u starts at rounding error (1e-7 times β). Eval mode silences dropout, LoRA's too, and in
+    diffusers before its pull request 9878 gradient checkpointing: train in training mode for these.
+    Raises ValueError where a forward was replaced by a function, which the copy would share.
     """
     reference = copy.deepcopy(unet)
     for module, copied in zip(unet.modules(), reference.modules()):
-        own, its = (getattr(f, "func", f) for f in (module.forward, copied.forward))  # or a partial
+        # A method is bound anew, to the copy. A function stays the same one, with the old model.
+        own = getattr(module.forward, "func", module.forward)  # or of a functools.partial
+        its = getattr(copied.forward, "func", copied.forward)
         if own == its:
             raise ValueError("the model's forward was replaced by a function: make the copy before")
     return reference.eval().requires_grad_(False)
+
+
+# ------------------------------------------- the two other downgrades of Table 3
+
+
+def blur(images: Tensor, factor: int = 4) -> Tensor:
+    """Shrink by `factor` and enlarge again (Table 3). images and result: (B, C, H, W) pixels."""
+    H, W = images.shape[-2:]
+    small = F.interpolate(images, (H // factor, W // factor), mode="bilinear", antialias=True)
+    return F.interpolate(small, (H, W), mode="bilinear")
+
+
+def random_grid(images: Tensor, grid: int = 8, generator: torch.Generator | None = None) -> Tensor:
+    """Cut each image into grid x grid cells and swap two of them, drawn anew for each (Table 3).
+
+    images: (B, C, H, W) pixels, as is the result. grid: 2 or more; ValueError if H, W don't divide.
+    """
+    B, C, H, W = images.shape
+    if H % grid or W % grid:
+        raise ValueError(f"{H} x {W} pixels do not divide into {grid} x {grid} cells")
+    swapped = images.clone(memory_format=torch.contiguous_format)
+    after = swapped.view(B, C, grid, H // grid, grid, W // grid)
+    before = images.reshape(after.shape)
+    device = _random_device(images, generator)
+    for i in range(B):
+        cells = torch.randperm(grid * grid, generator=generator, device=device)[:2].tolist()
+        (y, x), (v, u) = (divmod(cell, grid) for cell in cells)
+        after[i, :, y, :, x] = before[i, :, v, :, u]
+        after[i, :, v, :, u] = before[i, :, y, :, x]
+    return swapped
 
 
 # ------------------------------------------- small print
@@ -341,6 +351,13 @@ def frozen_copy(unet: torch.nn.Module) -> torch.nn.Module:
 def _random_device(images: Tensor, generator: torch.Generator | None) -> torch.device:
     """A generator draws on its own device only; without one, draw where the images are."""
     return images.device if generator is None else generator.device
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel and torch.compile; other wrappers may change it."""
+    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    inner = model.module if ddp else getattr(model, "_orig_mod", None)
+    return model if inner is None else _unwrapped(inner)
 
 
 def _prediction_type(scheduler: Any) -> str:
@@ -353,16 +370,23 @@ def _prediction_type(scheduler: Any) -> str:
     if name in ("epsilon", "v_prediction") and hasattr(scheduler, "alphas_cumprod"):
         return name
     raise ValueError(
-        f"{type(scheduler).__name__} with prediction_type {name!r} is not supported: use 'epsilon' "
-        "or 'v_prediction' with a scheduler that has alphas_cumprod, or one of flow matching"
+        f"{type(scheduler).__name__} with prediction_type {name!r} is not supported: use one with "
+        "'epsilon' or 'v_prediction' and alphas_cumprod, or one of flow matching"
     )
 
 
 def _coefficients(latents: Tensor, timesteps: Tensor, scheduler: Any) -> tuple[Tensor, Tensor]:
     """a and b of x_t = a x_0 + b ε, in fp32, [B, 1, 1, 1] for latents of four dimensions."""
+    flow = _prediction_type(scheduler) == "flow_prediction"  # some of these have alphas_cumprod too
+    T = scheduler.config.num_train_timesteps
+    if not flow and timesteps.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"timesteps has dtype {timesteps.dtype}, expected torch.int64")
+    most = T if flow else T - 1  # looked at only on the CPU: a GPU would have to be waited for
+    if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps <= most)).all():
+        low, high = timesteps.aminmax()
+        raise ValueError(f"timesteps go from {low} to {high}, expected 0 to {most}")
     shape = (-1, *[1] * (latents.ndim - 1))
-    if _prediction_type(scheduler) == "flow_prediction":  # some of these have alphas_cumprod too
-        T = scheduler.config.num_train_timesteps
+    if flow:
         sigma = timesteps.to(latents.device, torch.float32).view(shape) / T
         return 1 - sigma, sigma
     alpha = scheduler.alphas_cumprod.to(latents.device, torch.float32)[timesteps].view(shape)

@@ -243,10 +243,15 @@ def test_noise_and_timesteps_are_drawn_once_for_winner_and_loser(scheduler):
 
 
 R = torch.rand
+NOT_T = (torch.float32, torch.uint8, torch.bool)  # an index of these is a mask, or none
 TWO = {"latents": R(2, 4, 8, 8), "encoder_hidden_states": R(2, 5, 64)}  # 2B = C would broadcast
 MISTAKES = [
     ({"latents": R(1, 4, 8, 8)}, "pass losers=.*drop_last=True"),
-    ({"scheduler": FlowScheduler()}, "β: pass beta=.*DDSPO"),
+    ({"scheduler": FlowScheduler()}, "β: pass beta="),
+    *(({"beta": beta}, f"beta is {beta}") for beta in (0, -5000.0, math.nan, math.inf)),
+    *(({"timesteps": (9 * R(B)).to(dtype)}, f"timesteps has dtype .*{dtype}") for dtype in NOT_T),
+    *(({"timesteps": torch.tensor([0, 1, 2, t])}, f"timesteps .* {t}") for t in (-1, 1000)),
+    ({"scheduler": FlowScheduler(), "beta": 9.0, "timesteps": 1001 * torch.ones(B)}, "to 1000"),
     ({"scheduler": DDPMScheduler(prediction_type="sample")}, "'sample' is not supported"),
     ({"scheduler": diffusers.EDMEulerScheduler()}, "'epsilon' is not .*'v_pred.* flow matching"),
     ({"losers": R(B - 1, 4, 8, 8)}, "losers has shape"),
@@ -264,10 +269,61 @@ MISTAKES = [
 
 @pytest.mark.parametrize("wrong, message", MISTAKES)
 def test_mistakes_are_refused_before_the_unet_runs(wrong, message):
-    given = {"unet": None, "reference": None, "scheduler": DDPMScheduler()}
+    given = {"unet": None, "reference": "none", "scheduler": DDPMScheduler()}
     given |= {"latents": batch().winners, "encoder_hidden_states": batch().conditions}
     with pytest.raises(ValueError, match=message):
         wrong() if callable(wrong) else sudo.sudo_loss(**given | wrong)
+
+
+def ddp(model):
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+class Switched(torch.nn.Module):
+    """As one that turns adapters off for its pass: all weights are the policy's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *inputs):
+        return self.module(*inputs).sample + 0.1
+
+
+def test_a_reference_that_is_the_policy_is_refused_however_it_is_wrapped():
+    compiled, unet, b = partial(torch.compile, backend="eager"), tiny_unet(), batch()
+    given = DDPMScheduler(), b.winners, b.conditions
+    for wrap in (lambda model: model, compiled, ddp, lambda model: compiled(ddp(model))):
+        for policy, reference in ((wrap(unet), unet), (unet, wrap(unet))):
+            with pytest.raises(ValueError, match="frozen copy, or .* adapters off"):
+                sudo.sudo_loss(policy, reference, *given)
+    torch.distributed.destroy_process_group()
+    _, metrics = sudo.sudo_loss(unet, Switched(unet), *given)
+    assert metrics["margin"] != 0
+
+
+def test_a_reference_may_lend_the_policy_other_weights_under_autocast():
+    base, b = tiny_unet().eval(), batch()
+    policy = moved(base)
+    own, before = copy.deepcopy(policy.state_dict()), base.state_dict()
+
+    def lent(*inputs):
+        policy.load_state_dict(before)
+        output = policy(*inputs)
+        policy.load_state_dict(own)
+        return output
+
+    margins = []
+    for reference in (sudo.frozen_copy(base), lent):
+        with torch.autocast("cpu", torch.bfloat16):  # which keeps its casts until it ends
+            for _ in range(2):
+                given = policy, reference, DDPMScheduler(), b.winners, b.conditions
+                _, metrics = sudo.sudo_loss(*given, **b.draws)
+                margins.append(metrics["margin"].item())
+    assert len(set(margins)) == 1 and margins[0] != 0
 
 
 # ------------------------------------------- the trainer: how the tests run it
