@@ -1,112 +1,140 @@
-"""The snippets of lab/fidelity.md and lab/README.md do what these pages say of them."""
+"""The snippets of lab/guide.md do what the page says of them."""
 
 import copy
 import re
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    WanTransformer3DModel,
-)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from torch.testing import assert_close
 
 import compare  # noqa: F401  (puts the top of the repository on the path)
 import sudo
-import test_sudo
-from test_sudo import B, batch
+from test_sudo import B, batch, moved, sdxl_unet, tiny_unet
 
-LAB = Path(__file__).parent
-
-
-def tiny_transformer(name):
-    """SD3's, Flux's or Wan's, its latents, its conditions and what has no batch axis."""
-    torch.manual_seed(0)
-    size = {"num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2}
-    channels, text = {"in_channels": 4, "out_channels": 4}, {"joint_attention_dim": 64}
-    if name == "Wan":
-        model = WanTransformer3DModel(text_dim=64, freq_dim=16, ffn_dim=32, **size, **channels)
-        return model, torch.randn(B, 4, 2, 8, 8), {}, {}
-    pooled = {"pooled_projections": torch.randn(B, 10)}
-    text["pooled_projection_dim"] = 10
-    if name == "SD3":
-        place = {"sample_size": 8, "pos_embed_max_size": 4, "caption_projection_dim": 24}
-        model = SD3Transformer2DModel(**place, **size, **channels, **text)
-        return model, torch.randn(B, 4, 8, 8), pooled, {}
-    rope = {"num_single_layers": 1, "axes_dims_rope": (4, 4, 4), "guidance_embeds": True}
-    model = FluxTransformer2DModel(in_channels=16, **rope, **size, **text)
-    ids = {"img_ids": torch.rand(16, 3), "txt_ids": torch.zeros(5, 3)}
-    return model, torch.randn(B, 16, 16), pooled | {"guidance": torch.ones(B)}, ids
+GUIDE = Path(__file__).with_name("guide.md").read_text("utf-8")
 
 
-def snippet(page):
-    (block,) = re.findall(r"^```python\n(.*?)^```$", (LAB / page).read_text("utf-8"), re.M | re.S)
+def snippet(line):
+    """The one python block of the page that has this line."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.M | re.S)
+    (block,) = (block for block in blocks if line in block)
     return block
 
 
-def test_a_transformer_of_videos_starts_at_ln_2():
-    wan, latents, condition, _ = tiny_transformer("Wan")
-    scheduler, words = FlowMatchEulerDiscreteScheduler(), torch.randn(B, 5, 64)
-    models = wan, sudo.frozen_copy(wan)
-    loss, metrics = sudo.sudo_loss(*models, scheduler, latents, words, beta=9.0, **condition)
-    assert metrics["dpo"] == torch.tensor(2.0).log() and metrics["margin"] == 0
-    loss.backward()
-    assert sum(p.grad.abs().sum() for p in wan.parameters() if p.grad is not None) > 0
+def adapted(unet):
+    """The UNet with adapters that do something, of scale 1, since a file holds no alpha."""
+    policy = copy.deepcopy(unet).requires_grad_(False)
+    policy.add_adapter(LoraConfig(r=8, target_modules=["to_q"], init_lora_weights=False))
+    return policy.eval()
 
 
-@pytest.mark.parametrize("name, unit", [("SD3", 1), ("Flux", 1000)])
-def test_the_snippet_for_transformers(name, unit):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    transformer, latents, condition, ids = tiny_transformer(name)
-    reference, seen = sudo.frozen_copy(transformer), {}
-    transformer.register_forward_hook(
-        lambda _, args, kwargs, out: seen.update(kwargs, out=out.sample), with_kwargs=True
-    )
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    prompts, pooled = batch().conditions.bfloat16(), condition["pooled_projections"].bfloat16()
-    names = {"torch": torch, "noise_scheduler": scheduler, "accelerator": accelerator}
-    names |= {"transformer": transformer, "reference": reference, "model_input": latents}
-    names |= {"prompt_embeds": prompts, "pooled_prompt_embeds": pooled, "sudo_loss": sudo.sudo_loss}
-    if name == "SD3":
-        exec(snippet("fidelity.md"), names)
-        loss, metrics = names["loss"], names["metrics"]
-        assert set(seen["timestep"].tolist()) <= set(scheduler.timesteps.tolist())
-    else:  # what the comment of the snippet says of Flux
-        exec(snippet("fidelity.md").split("# For Flux")[0], names)
-        unets = [names["as_unet"](model, unit, **ids) for model in (transformer, reference)]
-        with accelerator.autocast():
-            given = (scheduler, latents, prompts)
-            loss, metrics = sudo.sudo_loss(*unets, *given, beta=9.0, **condition)
-    t = seen["timestep"] * unit
-    assert torch.equal(t[:B], t[B:]) and 1 < t.min() and t.max() <= 1000
-    # The error of the winners by ε - x = (x_t - x) / σ, from what the transformer saw.
-    sigma = (t[:B] / 1000).view(B, *[1] * (latents.ndim - 1))
-    error = seen["out"][:B] - (seen["hidden_states"][:B] - latents) / sigma
-    mse = error.square().mean().detach()
-    assert_close(metrics["winner_error"], mse, rtol=1e-2, atol=0)
-    assert metrics["margin"] == 0 and loss.requires_grad
+def same_model(unet, other):
+    b = batch()
+    given = b.winners, b.draws["timesteps"], b.conditions
+    assert_close(unet(*given).sample, other(*given).sample, rtol=0, atol=1e-5)
 
 
-def test_the_snippet_for_sampling_takes_the_unconditional_branch_from_the_reference(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def pipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pipe = DiffusionPipeline.from_pretrained(LAB / "tiny-sd")
-    reference = pipe.unet
-    reference.save_pretrained("sft/unet")
-    pipe.unet = policy = test_sudo.moved(reference)
-    policy = copy.deepcopy(policy)
-    pipe.save_pretrained("out2")
-    exec(snippet("README.md").replace('"cuda"', '"cpu"'), names := {})
-    assert names["picture"].size == (32, 32)
-    # A pipeline stacks the unconditional half first, then that of the caption.
-    x, words = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 64)
-    mixed = names["pipe"].unet(x, 500, encoder_hidden_states=words, return_dict=False)[0]
-    both = [unet(x, 500, words).sample[i] for i, unet in enumerate((reference, policy))]
-    assert_close(mixed, torch.stack(both), rtol=1e-4, atol=1e-5)
-    assert (mixed[1] - reference(x, 500, words).sample[1]).abs().max() > 0.01
+    return diffusers.DiffusionPipeline.from_pretrained(Path(__file__).with_name("tiny-sd"))
+
+
+@pytest.fixture
+def names():
+    """What a reader's trainer has by the time that it comes to a snippet."""
+    b = batch()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    given = {"accelerator": accelerator, "global_step": 0, "sudo_loss": sudo.sudo_loss}
+    given |= {"noise_scheduler": diffusers.DDPMScheduler(), "model_input": b.winners}
+    return given | {"prompt_embeds": b.conditions, "unet_added_conditions": b.added}
+
+
+def test_an_earlier_step_goes_into_the_pipeline_that_the_run_began_from(pipe):
+    pipe.save_pretrained("my-sft")
+    policy = adapted(pipe.unet)
+    pipe.save_lora_weights("my-sudo/step-000200", get_peft_model_state_dict(policy))
+    exec(snippet("load_lora_weights"), names := {})
+    same_model(names["pipe"].unet, policy)
+    policy = moved(pipe.unet)
+    policy.save_pretrained("my-sudo/step-000200")
+    exec(re.sub("pipe.load_lora.*\n# ", "", snippet("load_lora_weights")), names := {})
+    same_model(names["pipe"].unet, policy)
+
+
+@pytest.mark.parametrize("kind", [tiny_unet, sdxl_unet])
+def test_the_unconditional_branch_comes_from_the_reference(pipe, monkeypatch, kind):
+    reference = kind()
+    reference.save_pretrained("my-sft/unet")
+    policy = moved(reference)
+    pipe = MagicMock()
+    pipe.to.return_value.unet = copy.deepcopy(policy)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda folder: pipe)
+    exec(snippet("policy = pipe.unet.forward").replace('"cuda"', '"cpu"'), names := {})
+    b = batch()
+    given = {"encoder_hidden_states": b.conditions, "added_cond_kwargs": b.added}
+    models = reference, policy, names["pipe"].unet
+    empty, words, both = (unet(b.winners, 500, return_dict=False, **given)[0] for unet in models)
+    assert_close(both, torch.cat([empty[: B // 2], words[B // 2 :]]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_snippet_for_lora_also_on_several_processes(names):
+    """With the arguments that the page gives for SDXL, as in the LoRA script of SDXL."""
+    (last,) = re.findall(r"arguments of\s`sudo_loss` after the scheduler are `([^`]*)`", GUIDE)
+    call = f"sudo_loss(unet, reference, noise_scheduler, {last})"
+    names |= {"unet": adapted(sdxl_unet()), "reference": sdxl_unet().eval()}
+    torch.manual_seed(3)
+    expected, _ = eval(call, names)
+    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        names["unet"] = torch.nn.parallel.DistributedDataParallel(names["unet"])
+        exec(snippet(".disable_adapters()"), names)
+        torch.manual_seed(3)
+        loss, metrics = eval(call, names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_close(loss, expected)
+    assert metrics["margin"] != 0 and loss.requires_grad
+
+
+def test_adapters_of_sft_are_merged_and_stay_when_new_ones_come(pipe):
+    sft = adapted(pipe.unet)
+    pipe.save_lora_weights("my-sft-lora", get_peft_model_state_dict(sft))
+    exec(snippet("unload_lora"), {"unet": pipe.unet})
+    pipe.unet.add_adapter(LoraConfig(r=8, target_modules=["to_q"]))  # whose product is 0 at first
+    same_model(pipe.unet, sft)
+
+
+SD3 = {"in_channels": 4, "out_channels": 4, "pos_embed_max_size": 4, "caption_projection_dim": 24}
+FLUX = {"in_channels": 16, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4)}
+
+
+@pytest.mark.parametrize("flux", [False, True])
+def test_the_snippets_for_transformers(names, flux):
+    size = {"num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2}
+    size |= {"joint_attention_dim": 64, "pooled_projection_dim": 10}
+    if flux:
+        transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True, **FLUX, **size).eval()
+    else:
+        transformer = diffusers.SD3Transformer2DModel(sample_size=8, **SD3, **size).eval()
+    seen = {}
+    transformer.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    t = scheduler.timesteps[::300]
+    names |= {"transformer": transformer, "noise_scheduler": scheduler, "timesteps": t}
+    names |= {"pooled_prompt_embeds": torch.randn(B, 10), "guidance": torch.ones(B)}
+    names |= {"latent_image_ids": torch.rand(16, 3), "text_ids": torch.zeros(5, 3)}
+    names["FluxPipeline"] = diffusers.FluxPipeline
+    exec(snippet("def as_unet("), names)
+    loop = snippet("as_unet(transformer)")
+    if flux:  # "for the first two"
+        loop = snippet("_pack_latents") + "".join(loop.splitlines(keepends=True)[2:])
+    exec(loop, names)
+    assert_close(seen["timestep"], torch.cat([t, t]) / (1000 if flux else 1))
+    assert names["metrics"]["margin"] == 0 and names["loss"].requires_grad
