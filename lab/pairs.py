@@ -37,14 +37,13 @@ def drawn(pipe, model: str) -> Path:
     if folder.exists():
         return folder
     lines = (LAB.parent / "captions.jsonl").read_text(encoding="utf-8").splitlines()
-    texts, decided, again, rng = (
-        [json.loads(line)["text"] for line in lines],
-        {},
-        0,
-        random.Random(0),
-    )
+    texts = [json.loads(line)["text"] for line in lines]
     pipe.set_progress_bar_config(disable=True)
-    while left := [i for i in range(len(texts)) if i not in decided]:
+    rng = random.Random(0)
+    decided = {}
+    again = 0
+    while len(decided) < len(texts):
+        left = [i for i in range(len(texts)) if i not in decided]
         pictures = {}
         todo = [(i, k, rng.choice(SCALES)) for i in left for k in (0, 1)]
         for scale in SCALES:
