@@ -1,11 +1,11 @@
-"""The judge is exact, the pages show what the commands print, and what is counted is right."""
+"""The judge is exact, the pages show what the results say, and each cell of each method runs."""
 
 import json
 import random
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +14,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import compare
-import measure
 import pairs
 import report
+import train_tiny
 import world
+from compare import Setting
 
 LAB = Path(__file__).parent
-PAGES = LAB.parent / "README.md", LAB / "evidence.md"
-
-
-@pytest.fixture(scope="module")
-def results():
-    return json.loads(compare.RESULTS.read_text(encoding="utf-8"))
+RESULTS = json.loads(compare.RESULTS.read_text(encoding="utf-8"))
+ROWS = [json.loads(line) for line in (LAB.parent / "captions.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------- the judge
@@ -84,146 +81,115 @@ def test_the_judge_counts_attributes_and_rejects_what_is_no_scene():
 
 
 def test_sample_data_shows_its_captions_and_nothing_held_out():
-    rows = [json.loads(line) for line in (LAB.parent / "captions.jsonl").read_text().splitlines()]
-    assert {row["text"] for row in rows} <= set(world.captions("train"))
-    for row in rows[::8]:
+    assert {row["text"] for row in ROWS} <= set(world.captions("train"))
+    for row in ROWS[::8]:
         assert world.score(Image.open(LAB.parent / row["file_name"]), row["text"])[0], row
 
 
 # ------------------------------------------- the pages
 
 
-def test_the_tables_on_the_pages_are_those_of_the_results(results, capsys):
-    report.tables(results)
-    printed = capsys.readouterr().out
-    short, *others = [part for part in printed.split("\n\n") if part.startswith("|")]
-    readme, evidence = (page.read_text(encoding="utf-8") for page in PAGES)
-    assert short in readme
-    for table in others:
-        assert table in evidence, table.split("\n")[0]
+def tables_of(page):
+    return [found[0] for found in re.finditer(r"^\|.*(\n\|.*)*", page.read_text("utf-8"), re.M)]
 
 
-def test_the_results_are_cells_of_the_methods_in_the_code(results):
-    names = {method.name for method in compare.METHODS}
-    for cell_name, cell in results.items():
-        model, split, method, *_ = cell_name.split(" | ")
-        assert method in names, cell_name
-        assert split in ("validation", "test") and set(compare.SCALES) <= cell.keys()
-    assert compare.RESULTS.stat().st_size < 1e6  # samples are pictures in lab/strips, not text
+def test_tables_md_is_what_report_makes_of_what_compare_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results.json")
+    compare.save(RESULTS["cells"])  # with the choices that these cells make
+    assert compare.RESULTS.read_bytes() == (LAB / "results.json").read_bytes()
+    assert tables_of(LAB / "tables.md") == report.tables(RESULTS)
 
 
-def test_the_shown_pictures_are_the_recipes_and_clear(results, capsys):
-    first = [compare.kept(name) for name in report.PHASES]
-    assert [len(pictures) for pictures in first] == [len(world.captions("test"))] * 3
-    report.before_and_after()
-    printed = capsys.readouterr().out.splitlines()
-    counts = [int(line.split(": ")[1].split()[0]) for line in printed]
+@pytest.mark.parametrize("page", [LAB.parent / "README.md", LAB / "evidence.md"])
+def test_the_tables_of_whole_matches_on_a_page_are_those_of_report(page):
+    tables = [table for table in tables_of(page) if table.startswith("| whole matches")]
+    assert tables and set(tables) <= set(report.tables(RESULTS))
+
+
+def test_the_front_page_shows_the_trainers_own_recipe():
+    flags = ["--data", str(LAB.parent / "captions.jsonl"), "--model", "tiny"]
+    recipe = train_tiny.parse(flags)
+    setting = Setting(train_tiny.parse([*flags, "--loss", "sft"]).lr, recipe.lr, recipe.beta)
+    cell = RESULTS["cells"][compare.key(compare.SFT_SUDO, "test", setting, 0)]
+    strip = Image.open(LAB / "strips" / "then SUDO.png")
     texts = world.captions("test")
-    for count, pictures in zip(counts, first):
-        assert count == sum(world.score(*pair)[0] for pair in zip(pictures, texts))
-    # A cell has the mean of two drawings of each caption, of which the strip is the first.
-    base = results[compare.key(compare.TINY, compare.BASE, "test", 0.0, 0.0, 0)]["1"][0]
-    second = 2 * base * len(texts) - counts[0]
-    assert second == pytest.approx(round(second), abs=1e-6) and 0 <= second <= len(texts)
+    boxes = [(x, 0, x + 32, 32) for x in range(0, 32 * len(texts), 32)]
+    first = sum(world.score(strip.crop(box), text)[0] for box, text in zip(boxes, texts))
+    # A cell has the mean of two drawings, which differ by fewer by chance; the strip is the first.
+    second = 2 * cell["1"][0] * len(texts) - first
+    assert second == pytest.approx(round(second), abs=1e-6) and abs(second - first) < 20
 
 
-# ------------------------------------------- intervals, choices and the plan
+# ------------------------------------------- what is chosen, and what a table says
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10])
-def test_an_interval_is_students(n):
-    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).tolist()
-    mean, half = report.interval(values)
-    assert mean == fmean(values)
-    # The area of Student's density within the interval, by the trapezoidal rule.
-    t = half / (stdev(values) / n**0.5)
-    x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
-    dof = torch.tensor(n - 1.0, dtype=torch.float64)
-    norm = torch.lgamma((dof + 1) / 2) - torch.lgamma(dof / 2) - 0.5 * torch.log(dof * torch.pi)
-    density = torch.exp(norm) * (1 + x**2 / dof) ** (-(dof + 1) / 2)
-    assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-3)
+def validated(method, matches_by_setting):
+    """Cells whose mean over the seeds has these whole matches, by scale, for each setting."""
+    cells = {}
+    for number, (setting, matches) in enumerate(matches_by_setting.items()):
+        for seed, aside in zip(compare.CHOSEN_ON, (-0.1 * number, 0.1 * number)):
+            cell = {scale: [whole + aside] for scale, whole in zip(compare.SCALES, matches)}
+            cells[compare.key(method, "validation", Setting(0.0, *setting), seed)] = cell
+    return cells
 
 
-METHOD = replace(compare.SUDO, grid=((1.0, 400.0), (2.0, 400.0), (3.0, 400.0)))
-
-
-def cells(method, whole_by_setting):
-    """Results whose mean over two seeds has these whole matches, by scale, for each setting."""
-    return {
-        compare.key(compare.TINY, method, "validation", *setting, seed): {
-            scale: [whole + aside, 1.0] for scale, whole in zip(compare.SCALES, wholes)
-        }
-        for number, (setting, wholes) in enumerate(zip(method.grid, whole_by_setting))
-        for seed, aside in zip(compare.CHOSEN_ON, (-0.25 * number, 0.25 * number))
-    }
-
-
-def test_lr_and_beta_are_chosen_for_each_use():
-    # By scales 1, 1.5, 2, 3, 5. SFT's best with guidance has 0.8 at guidance 5.
-    sft = cells(compare.SFT, [[0.5, 0.6, 0.7, 0.9, 0.8], *[[0.6, 0.6, 0.6, 0.6, 0.9]] * 3])
-    sft |= cells(replace(compare.SFT, grid=compare.SFT.grid[1:]), [[0.4, 0.5, 0.5, 0.5, 0.5]] * 3)
-    bold, gentle, weak = [0.9, 0.95, 0.9, 0.9, 0.4], [0.7, 0.8, 0.85, 0.9, 0.8], [0.1] * 5
-    assert compare.choices(METHOD, sft | cells(METHOD, [weak, bold, gentle])) == (
-        (2.0, 400.0),
-        (3.0, 400.0),
-    )
-    # If all fall behind SFT at guidance 5, the one that falls least is the choice with guidance.
-    assert compare.choices(METHOD, sft | cells(METHOD, [weak, bold, weak]))[1] == (2.0, 400.0)
+def test_a_setting_is_chosen_for_each_use_and_a_tie_goes_to_the_gentler():
+    settings = [(1e-5, 400.0), (2e-5, 400.0), (2e-5, 800.0), (3e-5, 400.0)]
+    method = replace(compare.SUDO, grid=settings)
+    tame, weak = [0.5, 0.6, 0.7, 0.8, 0.8], [0.1] * 5
+    gentle, bold = [0.7, 0.8, 0.9, 0.95, 0.5], [0.9, 0.9, 0.9, 0.8, 0.4]
+    cells = validated(method, dict(zip(settings, (tame, gentle, weak, bold))))
+    chosen = compare.choices(method, cells)
+    assert [chosen[use].lr for use in report.USES] == [3e-5, 2e-5, 1e-5]
+    chosen = compare.choices(method, validated(method, dict(zip(settings, (weak, *[bold] * 3)))))
+    assert set(chosen.values()) == {(0.0, 2e-5, 800.0)}
+    del cells[compare.key(method, "validation", Setting(0.0, 3e-5, 400.0), 101)]
     with pytest.raises(KeyError):  # a choice needs all of its cells
-        compare.choices(METHOD, sft | cells(replace(METHOD, grid=METHOD.grid[:2]), [weak, bold]))
+        compare.choices(method, cells)
 
 
-def test_the_plan_leaves_no_cell_out_and_names_none_too_early():
-    results, rounds = {}, 0
-    while todo := [
-        job for job in compare.plan(results, ["clean"]) if compare.key(*job) not in results
-    ]:
-        for model, method, _, _, _, _, sft_lr in todo:
-            assert (sft_lr > 0) == bool(method.after)
-            assert model == compare.TINY or method in compare.ON_OTHER_BASES
-        flat = {scale: [0.5, 1.0] for scale in compare.SCALES}
-        results |= {compare.key(*job): flat for job in todo}
-        rounds += 1
-    assert rounds <= 4
-    for method in compare.METHODS:
-        seeds = [name for name in results if f"tiny-sd | test | {method.name} |" in name]
-        assert len(seeds) >= method.seeds, method.name
+def test_what_comes_after_sft_takes_the_sft_of_guidance_1():
+    whole = {setting: [0.1, 0.9, 0.9, 0.9, 0.9] for setting in compare.SFT.grid}
+    whole[4e-3, 0.0] = [0.6, 0.3, 0.3, 0.3, 0.3]
+    settings = compare.settings(compare.SFT_SUDO, validated(compare.SFT, whole))
+    assert {setting.sft_lr for setting in settings} == {4e-3}
 
 
-def test_a_lead_is_paired_by_seed():
-    a, b = (
-        report.Row("", (0.0, 0.0), "both", {}, {n: {"1": [0.5 + sign * n / 10]} for n in seeds})
-        for sign, seeds in ((1, (0, 1, 2, 3)), (1, (1, 2, 3, 4)))
-    )
-    assert report.lead(a, "1", b, "1") == "0.000 ± 0.000"
-    assert report.lead(a, "", b, "1") == ""
+def test_a_row_is_a_model_and_a_lead_is_paired_by_seed():
+    cells = {}
+    for lr, matches, seeds in ((1e-3, 0.6, range(4)), (2e-3, 0.5, range(1, 5))):
+        for n in seeds:
+            name = compare.key(compare.SFT, "test", Setting(0.0, lr, 0.0), n)
+            cells[name] = {"1": [matches + n / 10]}
+    choices = {"SFT": {"guidance 1": [0.0, 2e-3, 0.0]}}
+    first, second = report.rows_of({"cells": cells, "choices": choices})
+    assert (first.lr, first.uses, second.lr, second.uses) == (1e-3, [], 2e-3, ["guidance 1"])
+    assert report.lead(first, "1", second, "1") == "**0.100 ± 0.000**"
+    assert report.shown([0.5, 0.6, 0.7]) == "0.60 ± 0.25"  # 4.30 * 0.1 / 3 ** 0.5
 
 
-# ------------------------------------------- pairs, measurements and a cell
+# ------------------------------------------- pairs, and a cell of each method
 
 
-class Painter:
+def paint(texts, guidance_scale, num_inference_steps, generator):
     """Stands in for a pipeline: draws each caption right or, as the noise has it, another one."""
+    others = world.captions("train")[:2]
+    drawn = []
+    for text, noise in zip(texts, generator, strict=True):
+        which = int(torch.randint(3, (1,), generator=noise))
+        drawn.append(world.draw(world.place([text, *others][which], random.Random(which))))
+    return SimpleNamespace(images=drawn)
 
-    def set_progress_bar_config(self, disable):
-        pass
 
-    def __call__(self, texts, guidance_scale, num_inference_steps, generator):
-        others = world.captions("train")[:2]
-        drawn = []
-        for text, noise in zip(texts, generator, strict=True):
-            which = int(torch.randint(3, (1,), generator=noise))
-            drawn.append(world.draw(world.place([text, *others][which], random.Random(which))))
-        return SimpleNamespace(images=drawn)
+paint.set_progress_bar_config = lambda disable: None
 
 
 def test_pairs_are_preferred_as_the_judge_does_and_kept(tmp_path, monkeypatch):
-    lines = (LAB.parent / "captions.jsonl").read_text(encoding="utf-8").splitlines()[:20]
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, ROWS[:20])))
     monkeypatch.setattr(pairs, "LAB", tmp_path / "lab")
-    folder = pairs.drawn(Painter(), "some/base")
+    folder = pairs.drawn(paint, "some/base")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == [json.loads(line)["text"] for line in lines]
+    assert [row["text"] for row in rows] == [row["text"] for row in ROWS[:20]]
     for row in rows:
         better, worse = (Image.open(folder / row[name]) for name in ("file_name", "loser"))
         assert world.score(better, row["text"])[1] > world.score(worse, row["text"])[1]
@@ -231,39 +197,35 @@ def test_pairs_are_preferred_as_the_judge_does_and_kept(tmp_path, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["base"]  # and nothing stays beside
 
 
-def test_a_picture_is_legible_if_it_is_far_from_every_other():
-    text = "a red circle left of a blue square on a white background"
-    scene = world.place(text, random.Random(0))
-    picture = world.draw(scene)
-    assert measure.legible(picture)
-    assert not measure.legible(Image.new("RGB", (32, 32), "white"))
-    square = scene.things[1]
-    things = (scene.things[0], square._replace(shape="circle"))
-    between = Image.blend(picture, world.draw(scene._replace(things=things)), 0.5)
-    assert not measure.legible(between)
-
-
-@pytest.mark.parametrize(
-    "method", [compare.SFT_SUDO, compare.SFT_DPO, compare.LORA[1], *compare.LOSERS[:2]]
-)
-def test_a_cell_of_each_kind_runs(method, tmp_path, monkeypatch):
-    rows = [json.loads(line) for line in (LAB.parent / "captions.jsonl").read_text().splitlines()]
-    rows = [{**row, "loser": rows[i - 1]["file_name"]} for i, row in enumerate(rows)][:40]
-    for row in rows:
-        row |= {name: str(LAB.parent / row[name]) for name in ("file_name", "loser")}
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(pairs, "drawn", lambda pipe, model: tmp_path)
-    monkeypatch.setattr(compare, "LAB", tmp_path)
-    monkeypatch.setattr(compare, "FIRST", 2)
+@pytest.mark.parametrize("method", compare.METHODS, ids=lambda method: method.name)
+def test_a_cell_of_each_method_runs(method, tmp_path, monkeypatch):
+    files = [str(LAB.parent / row["file_name"]) for row in ROWS]
+    rows = [{"file_name": files[i], "text": ROWS[i]["text"], "loser": files[-i]} for i in range(40)]
+    for name in ("captions.jsonl", "metadata.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "lab").mkdir()
+    monkeypatch.setattr(compare, "LAB", tmp_path / "lab")
     monkeypatch.setattr(compare, "SCALES", ("1", "2"))
+    monkeypatch.setattr(pairs, "drawn", lambda pipe, model: tmp_path)
     captions = world.captions("validation")[:2]
     monkeypatch.setattr(world, "captions", lambda split: captions)
     monkeypatch.setattr(world, "judge", partial(world.judge, steps=2))
-    (tmp_path.parent / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    method = replace(method, steps=2, after=method.after and replace(method.after, steps=2))
-    threads = torch.get_num_threads()
-    result = compare.cell(compare.TINY, method, "validation", 5e-5, 400.0, 100, 1e-4)
-    torch.set_num_threads(threads)
-    assert {"1", "2", "winner_drift", "implicit_acc"} <= result.keys()
-    assert ("2 ref" in result) == (method.data == compare.SFT.data)
-    assert abs(result["winner_drift"]) > 0  # it learnt, and the reference did not
+    runs = []
+    train = train_tiny.train
+    monkeypatch.setattr(train_tiny, "train", lambda *given: runs.append(given) or train(*given))
+
+    lr = train_tiny.parse(["--data", str(tmp_path), "--model", "tiny"]).lr
+    after = method.after and replace(method.after, steps=2)
+    short = replace(method, steps=min(2, method.steps), after=after)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    cell = compare.cell(short, "validation", Setting(1e-4 if after else 0.0, lr, 400.0), 100)
+    taken = [(run.loss, run.lr, run.lr_schedule, run.steps) for *_, run in runs]
+    first = [("sft", 1e-4, "linear", 1)] if after else []
+    schedule = "linear" if method.name in ("SFT", "SFT on preferred") else "constant"
+    assert taken == [*first, (method.loss, lr, schedule, short.steps)]
+    *_, batches, _ = runs[-1]
+    assert (batches.args[0].losers is not None) == method.name.endswith("on pairs")
+    assert {"1", "2", "loser_drift", "implicit_acc"} <= cell.keys()
+    assert ("2 ref" in cell) == (method.loss != "sft" and method.data == "captions.jsonl")
+    # It learnt, and the model that it began with, its reference, did not.
+    assert (cell["winner_drift"] != 0) == (method != compare.BASE)
