@@ -150,7 +150,7 @@ def cell(method: Method, split: str, setting: Setting, seed: int) -> dict:
 
     # The reference's unconditional branch is asked for where guidance does harm: after SUDO on
     # captions.jsonl, at the lr that the trainer has.
-    asked = method.loss != "sft" and on_captions and setting.lr == recipe.lr
+    asked = split == "test" and method.loss != "sft" and on_captions and setting.lr == recipe.lr
     result = {}
     for scale in SCALES:
         result[scale], drawings = measure.judge(pipe, split, scale, seed)

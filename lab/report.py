@@ -41,9 +41,9 @@ class Row(NamedTuple):
         cells = getattr(self, split).items()
         return {seed: cell[name][place] for seed, cell in cells if len(cell.get(name, [])) > place}
 
-    def best(self, branch: str = "") -> str:
+    def best(self) -> str:
         """The scale above 1 that did best on the validation captions; "" where none was tried."""
-        tried = {s + branch: self.by_seed(s + branch, 0, "validation") for s in SCALES[1:]}
+        tried = {scale: self.by_seed(scale, 0, "validation") for scale in SCALES[1:]}
         means = {name: fmean(whole.values()) for name, whole in tried.items() if whole}
         return max(means, key=means.get, default="")
 
@@ -104,7 +104,6 @@ def leads(row: Row, other: str, rows: list[Row]) -> list[str]:
     free, guided, at_5 = (chosen.get(use, nobody) for use in USES)
     best = guided.best()
     pairs = [("1", free, "1"), (row.best(), guided, best), ("5", at_5, "5"), ("1", guided, best)]
-    pairs.append((row.best(" ref"), guided, best))
     seeds = dict.fromkeys(str(len(row.test.keys() & each.test)) for each in (free, guided, at_5))
     *model, _ = line(row, [])
     return [*model, ", ".join(seeds), other, *(lead(row, *pair) for pair in pairs)]
@@ -148,7 +147,6 @@ def tables(results: dict) -> list[str]:
     head = f"whole matches | {model} | " + " | ".join(f"guidance {scale}" for scale in SCALES)
     whole = [(scale, 0) for scale in SCALES]
     uses = "guidance 1 | best above 1 | guidance 5 | guidance 1, of its best"
-    uses += " | reference's branch, of its best"
     branch = [(scale + " ref", 0) for scale in SCALES]
     branched = [line(row, branch) for row in tested if row.by_seed("5 ref")]
     parts = "attributes at 1 | at 3 | places at 1 | at 3 | sizes at 1 | winners' drift | losers'"
