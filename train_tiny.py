@@ -102,7 +102,7 @@ RECIPES = {
     "sd15": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
     "tiny": {
         "model": TINY, "size": 32, "memory": 0, "guidance": 1.0, "gradient_checkpointing": False,
-        "lr": 5e-5, "sft_lr": 3e-4, "lora_lr": 5e-4, "sft_lora_lr": 3e-3, "beta": 400.0,
+        "lr": 5e-5, "sft_lr": 2e-3, "lora_lr": 5e-4, "sft_lora_lr": 3e-3, "beta": 400.0,
         "steps": 300, "batch_size": 32, "grad_accum": 1,
     },
     "sdxl": {
