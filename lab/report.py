@@ -18,11 +18,13 @@ LAB = Path(__file__).parent
 SCALES = ["1", "1.5", "2", "3", "5"]  # of guidance; 1 is without
 USES = ["guidance 1", "best above 1", "guidance 5"]  # that compare.py chooses models for
 HEADLINES = ["base model", "SFT", "SUDO", "SFT, then SUDO", "SFT, then SUDO without MSE"]
-COLOURS = ["0.6", "#0072b2", "#e69f00", "#d55e00", "#009e73"]
-MEASURED = [("1", 1), ("3", 1), ("1", 2), ("3", 2), ("1", 3)]  # a name in a cell, and a place there
-MEASURED += [("winner_drift", 0), ("loser_drift", 0), ("implicit_acc", 0)]
-# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom.
-T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+COLOURS = ["0.7", "#0072b2", "#e69f00", "#d55e00", "#009e73"]
+T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 1 to 9 degrees
+MODEL = ["chosen for", "SFT lr", "lr", "β", "seeds"]
+WHOLE = {f"guidance {scale}": (scale, 0) for scale in SCALES}  # a name in a cell, and a place
+BRANCH = {f"guidance {scale}": (f"{scale} ref", 0) for scale in SCALES[1:]}
+MEASURED = {"attributes at 1": ("1", 1), "places at 1": ("1", 2), "places at 3": ("3", 2)}
+MEASURED |= {name: (name, 0) for name in ("winner_drift", "loser_drift", "implicit_acc")}
 
 
 class Row(NamedTuple):
@@ -43,24 +45,27 @@ class Row(NamedTuple):
 
     def best(self) -> str:
         """The scale above 1 that did best on the validation captions; "" where none was tried."""
-        tried = {scale: self.by_seed(scale, 0, "validation") for scale in SCALES[1:]}
-        means = {name: fmean(whole.values()) for name, whole in tried.items() if whole}
-        return max(means, key=means.get, default="")
+        tried = {scale: self.by_seed(scale, 0, "validation").values() for scale in SCALES[1:]}
+        return max(tried, key=lambda scale: fmean(tried[scale])) if self.validation else ""
+
+    def described(self, seeds: str) -> list[str]:
+        settings = [f"{number:g}" if number else "" for number in self[1:4]]
+        return [self.method, ", ".join(self.uses), *settings, seeds]  # under MODEL in a table
 
 
 def rows_of(results: dict) -> list[Row]:
-    """Every model, from the keys of the cells; first those of the front page."""
+    """Every model, from the keys of the cells; those of compare.py come first."""
     rows = {}
     for key, cell in results["cells"].items():
         base, split, method, *numbers, seed = key.split(" | ")
         method += f", on {base}" * (base != "tiny-sd")
         setting = [float(number.split()[-1]) for number in numbers]
-        chosen = results["choices"].get(method, {})
-        uses = [use for use in USES if chosen.get(use) == setting]
+        uses = [use for use in USES if results["choices"].get(method, {}).get(use) == setting]
         row = rows.setdefault((method, *setting), Row(method, *setting, uses, {}, {}))
         lists = {name: each if isinstance(each, list) else [each] for name, each in cell.items()}
         getattr(row, split)[int(seed.split()[-1])] = lists
-    return sorted(rows.values(), key=lambda r: ([*HEADLINES, r.method].index(r.method), r[:4]))
+    first = [*HEADLINES, *results["choices"]]
+    return sorted(rows.values(), key=lambda r: ([*first, r.method].index(r.method), r[:4]))
 
 
 # ------------------------------------------- the tables
@@ -83,83 +88,70 @@ def shown(values: list[float], digits: int = 2) -> str:
 
 def lead(row: Row, name: str, other: Row, its: str) -> str:
     """How far the row is ahead, paired by seed; bold where the interval excludes 0."""
-    own = row.by_seed(name)
     others = other.by_seed(its)
-    values = [own[seed] - others[seed] for seed in own if seed in others]
+    values = [own - others[seed] for seed, own in row.by_seed(name).items() if seed in others]
     mean, half = interval(values) if len(values) > 2 else (0.0, 0.0)
     return f"**{shown(values, 3)}**" if abs(mean) > half else shown(values, 3)
 
 
-def line(row: Row, names: list[tuple[str, int]], digits: int = 2, split: str = "test") -> list[str]:
-    """A model, the number of its seeds, and the means of these numbers over them."""
-    settings = [f"{number:g}" if number else "" for number in (row.sft_lr, row.lr, row.beta)]
-    means = [shown([*row.by_seed(*name, split).values()], digits) for name in names]
-    return [row.method, ", ".join(row.uses), *settings, str(len(getattr(row, split))), *means]
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in [head, ["---"] * len(head), *lines])
 
 
-def leads(row: Row, other: str, rows: list[Row]) -> list[str]:
-    """Over another method: in each column over its model that was chosen for the column's use."""
-    nobody = Row(other, 0.0, 0.0, 0.0, [], {}, {})  # where none is chosen yet
-    chosen = {use: each for each in rows if each.method == other for use in each.uses}
-    free, guided, at_5 = (chosen.get(use, nobody) for use in USES)
-    best = guided.best()
-    pairs = [("1", free, "1"), (row.best(), guided, best), ("5", at_5, "5"), ("1", guided, best)]
-    seeds = dict.fromkeys(str(len(row.test.keys() & each.test)) for each in (free, guided, at_5))
-    *model, _ = line(row, [])
-    return [*model, ", ".join(seeds), other, *(lead(row, *pair) for pair in pairs)]
+def means(title: str, rows: list[Row], columns: dict, split: str = "test", digits: int = 2) -> str:
+    """A table of the models that have any of these numbers, with the means over their seeds."""
+    lines = []
+    for row in rows:
+        numbers = [row.by_seed(*place, split) for place in columns.values()]
+        texts = [shown([*by_seed.values()], digits) for by_seed in numbers]
+        if any(texts):
+            lines.append([*row.described(str(len(getattr(row, split)))), *texts])
+    return table([title, *MODEL, *columns], lines)
 
 
-def table(head: str, lines: list[list[str]]) -> str:
-    """A table in Markdown; the head has its columns between bars."""
-    rule = " | ".join("---" for _ in head.split(" | "))
-    return "\n".join(f"| {each} |" for each in [head, rule, *map(" | ".join, lines)])
+def leads(rows: list[Row]) -> str:
+    """A table of how far chosen models are ahead: of SFT, or of DPO where that has its labels."""
+    chosen = {(row.method, use): row for row in rows for use in row.uses}
+    lines = []
+    for row in rows:
+        dpo = "SFT, then DPO on pairs" if row.sft_lr else "DPO on pairs"
+        rival = dpo if row.method.endswith((" on preferred", " on pairs")) else "SFT"
+        its = [chosen[rival, use] for use in USES if (rival, use) in chosen]
+        if row.uses and row.test and its and row.method != rival:
+            free, guided, at_5 = its
+            ahead = [lead(row, "1", free, "1"), lead(row, row.best(), guided, guided.best())]
+            ahead += [lead(row, "5", at_5, "5"), lead(row, "1", guided, guided.best())]
+            seeds = dict.fromkeys(str(len(row.test.keys() & each.test)) for each in its)
+            lines.append([*row.described(", ".join(seeds)), rival, *ahead])
+    title = f"whole matches ahead, {str(lines).count('±')} intervals"
+    return table([title, *MODEL, "of", *USES, "guidance 1, of its best"], lines)
 
 
 def short(rows: list[Row]) -> str:
-    """The front page's table: the chosen models, as a user would type them, without intervals."""
-    rows = [row for row in rows if row.uses and row.test and row.method in HEADLINES]
+    """The front page's table: models for guidance 1, and of the two compared for guidance 5."""
     lines = []
     for row in rows:
-        lrs = [other.lr for other in rows if other.method == row.method]
-        name = row.method + f" at --lr {row.lr:g}".replace("e-0", "e-") * (len(lrs) > 1)
-        name += f" --beta {row.beta:g}" * (lrs.count(row.lr) > 1)
-        means = [f"{fmean(row.by_seed(its).values()):.2f}" for its in ("1", "2", "5", row.best())]
-        lines.append([name, *means[:3], f"{means[3]} at {row.best()}"])
-    return table("whole matches | guidance 1 | guidance 2 | guidance 5 | best above 1", lines)
+        compared = row.method in ("SFT", "SFT, then SUDO")
+        if "guidance 1" in row.uses or (compared and "guidance 5" in row.uses):
+            lr = f" at --lr {row.lr:g}".replace("e-0", "e-") if row.lr else ""
+            scales = ["1", "2", "5", row.best()]
+            whole = [f"{fmean(row.by_seed(scale).values()):.2f}" for scale in scales]
+            lines.append([row.method + lr, *whole[:3], f"{whole[3]} at {scales[3]}"])
+    return table(["whole matches", "guidance 1", "guidance 2", "guidance 5", "best above 1"], lines)
 
 
 def tables(results: dict) -> list[str]:
     """The tables of lab/tables.md, in their order there."""
     rows = rows_of(results)
-    tested = [row for row in rows if row.test]
-    here = [row for row in tested if row.method in results["choices"]]
-    ahead = []
-    for row in here:
-        drawn = row.method.endswith((" on preferred", " on pairs"))
-        if row.method not in ("SFT", "SFT on preferred"):
-            ahead.append(leads(row, "SFT on preferred" if drawn else "SFT", here))
-        if drawn and "SUDO" in row.method:  # which needs no labels
-            dpo = "SFT, then DPO on pairs" if row.sft_lr else "DPO on pairs"
-            ahead.append(leads(row, dpo, here))
-    number = sum("±" in text for texts in ahead for text in texts)
-
-    model = "chosen for | SFT lr | lr | β | seeds"
-    head = f"whole matches | {model} | " + " | ".join(f"guidance {scale}" for scale in SCALES)
-    whole = [(scale, 0) for scale in SCALES]
-    uses = "guidance 1 | best above 1 | guidance 5 | guidance 1, of its best"
-    branch = [(scale + " ref", 0) for scale in SCALES]
-    branched = [line(row, branch) for row in tested if row.by_seed("5 ref")]
-    parts = "attributes at 1 | at 3 | places at 1 | at 3 | sizes at 1 | winners' drift | losers'"
-    measured = [line(row, MEASURED, 3) for row in tested]
-    tried = [line(row, whole, split="validation") for row in rows if row.validation]
+    front = [row for row in rows if row.method in HEADLINES and row.uses and row.test]
     return [
-        short(here),
-        table(head, [line(row, whole) for row in here]),
-        table(f"whole matches ahead, {number} intervals | {model} | of | {uses}", ahead),
-        table(head.replace("matches", "matches with the reference's branch"), branched),
-        table(f"other measurements | {model} | {parts} | implicit accuracy", measured),
-        table(head.replace("matches", "matches on the validation captions"), tried),
-        table(head, [line(row, whole) for row in tested if row not in here]),
+        short(front),
+        means("whole matches", front, WHOLE),
+        means("whole matches", rows, WHOLE),
+        leads(rows),
+        means("whole matches with the reference's branch", rows, BRANCH),
+        means("other measurements", rows, MEASURED, digits=3),
+        means("whole matches on the validation captions", rows, WHOLE, "validation"),
     ]
 
 
@@ -201,20 +193,19 @@ def thumbnails(groups: dict[str, list[Image.Image]], texts: list[str]):
 def curves(results: dict):
     """Whole matches against the guidance scale, a panel for the models of each use."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), sharey=True, layout="constrained")
-    rows = [row for row in rows_of(results) if row.test and row.method in HEADLINES]
     for axis, use in zip(axes, USES):
-        for row in rows:
-            if use in row.uses:
+        for row in rows_of(results):
+            if row.method in HEADLINES and use in row.uses and row.test:
                 spans = [interval([*row.by_seed(scale).values()]) for scale in SCALES]
                 style = {"fmt": "o-", "color": COLOURS[HEADLINES.index(row.method)]}
                 axis.errorbar([*map(float, SCALES)], *zip(*spans), label=row.method, **style)
-        axis.set(title=f"chosen for: {use}", xlabel="guidance scale (1: without guidance)")
+        axis.set(title=f"chosen for: {use}", xlabel="guidance scale (1: none); grey: base model")
     axes[0].set_ylabel("share of whole matches, test captions")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(handles=axes[0].containers[1:], frameon=False, fontsize=8)  # all but the base
     return figure
 
 
-def main() -> None:
+if __name__ == "__main__":
     results = json.loads((LAB / "results.json").read_text(encoding="utf-8"))
     made = iter(tables(results))
     text = (LAB / "tables.md").read_text(encoding="utf-8")
@@ -224,11 +215,6 @@ def main() -> None:
     phases = {}
     for phase in ("base", "after SFT", "then SUDO"):
         strip = Image.open(LAB / "strips" / f"{phase}.png")
-        side = strip.height
-        phases[phase] = [strip.crop((x, 0, x + side, side)) for x in range(0, strip.width, side)]
+        phases[phase] = [strip.crop((x, 0, x + 32, 32)) for x in range(0, strip.width, 32)]
     thumbnails(phases, world.captions("test")).savefig(LAB / "before-after.png", dpi=100)
     print(f"{LAB} has tables.md, compare.png and before-after.png.")
-
-
-if __name__ == "__main__":
-    main()
