@@ -9,22 +9,19 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from torch.testing import assert_close
 
 import compare  # noqa: F401  (puts the top of the repository on the path)
-import sudo
 from test_sudo import B, batch, moved, sdxl_unet, tiny_unet
 
 GUIDE = Path(__file__).with_name("guide.md").read_text("utf-8")
 
 
 def snippet(line):
-    """The one python block of the page that has this line."""
+    """The python block of the page that has this line."""
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.M | re.S)
-    (block,) = (block for block in blocks if line in block)
-    return block
+    return next(block for block in blocks if line in block)
 
 
 def adapted(unet):
@@ -51,21 +48,22 @@ def names():
     """What a reader's trainer has by the time that it comes to a snippet."""
     b = batch()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    given = {"accelerator": accelerator, "global_step": 0, "sudo_loss": sudo.sudo_loss}
-    given |= {"noise_scheduler": diffusers.DDPMScheduler(), "model_input": b.winners}
-    return given | {"prompt_embeds": b.conditions, "unet_added_conditions": b.added}
+    given = {"accelerator": accelerator, "global_step": 0, "model_input": b.winners}
+    given |= {"noise_scheduler": diffusers.DDPMScheduler(), "prompt_embeds": b.conditions}
+    return given | {"unet_added_conditions": b.added}
 
 
-def test_an_earlier_step_goes_into_the_pipeline_that_the_run_began_from(pipe):
+def test_adapters_go_into_the_pipeline_that_they_belong_to_or_are_merged_for_new_ones(pipe):
     pipe.save_pretrained("my-sft")
     policy = adapted(pipe.unet)
-    pipe.save_lora_weights("my-sudo/step-000200", get_peft_model_state_dict(policy))
-    exec(snippet("load_lora_weights"), names := {})
+    for folder in ("my-sudo/step-000200", "my-sft-lora"):
+        pipe.save_lora_weights(folder, get_peft_model_state_dict(policy))
+    names = {}
+    exec(snippet("load_lora_weights"), names)
     same_model(names["pipe"].unet, policy)
-    policy = moved(pipe.unet)
-    policy.save_pretrained("my-sudo/step-000200")
-    exec(re.sub("pipe.load_lora.*\n# ", "", snippet("load_lora_weights")), names := {})
-    same_model(names["pipe"].unet, policy)
+    exec(snippet("unload_lora"), {"unet": pipe.unet})
+    pipe.unet.add_adapter(LoraConfig(r=8, target_modules=["to_q"]))  # whose product is 0 at first
+    same_model(pipe.unet, policy)
 
 
 @pytest.mark.parametrize("kind", [tiny_unet, sdxl_unet])
@@ -76,7 +74,8 @@ def test_the_unconditional_branch_comes_from_the_reference(pipe, monkeypatch, ki
     pipe = MagicMock()
     pipe.to.return_value.unet = copy.deepcopy(policy)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda folder: pipe)
-    exec(snippet("policy = pipe.unet.forward").replace('"cuda"', '"cpu"'), names := {})
+    names = {}
+    exec(snippet("policy = pipe.unet.forward").replace('"cuda"', '"cpu"'), names)
     b = batch()
     given = {"encoder_hidden_states": b.conditions, "added_cond_kwargs": b.added}
     models = reference, policy, names["pipe"].unet
@@ -84,45 +83,32 @@ def test_the_unconditional_branch_comes_from_the_reference(pipe, monkeypatch, ki
     assert_close(both, torch.cat([empty[: B // 2], words[B // 2 :]]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_snippet_for_lora_also_on_several_processes(names):
-    """With the arguments that the page gives for SDXL, as in the LoRA script of SDXL."""
+def test_the_snippet_for_lora_also_where_the_unet_is_wrapped(names):
     (last,) = re.findall(r"arguments of\s`sudo_loss` after the scheduler are `([^`]*)`", GUIDE)
     call = f"sudo_loss(unet, reference, noise_scheduler, {last})"
+    names["unet"] = torch.nn.DataParallel(adapted(sdxl_unet()))  # hides the adapters as DDP does
+    exec(snippet(".disable_adapters()"), names)
+    torch.manual_seed(3)
+    loss, metrics = eval(call, names)
     names |= {"unet": adapted(sdxl_unet()), "reference": sdxl_unet().eval()}
     torch.manual_seed(3)
     expected, _ = eval(call, names)
-    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        names["unet"] = torch.nn.parallel.DistributedDataParallel(names["unet"])
-        exec(snippet(".disable_adapters()"), names)
-        torch.manual_seed(3)
-        loss, metrics = eval(call, names)
-    finally:
-        torch.distributed.destroy_process_group()
     assert_close(loss, expected)
     assert metrics["margin"] != 0 and loss.requires_grad
 
 
-def test_adapters_of_sft_are_merged_and_stay_when_new_ones_come(pipe):
-    sft = adapted(pipe.unet)
-    pipe.save_lora_weights("my-sft-lora", get_peft_model_state_dict(sft))
-    exec(snippet("unload_lora"), {"unet": pipe.unet})
-    pipe.unet.add_adapter(LoraConfig(r=8, target_modules=["to_q"]))  # whose product is 0 at first
-    same_model(pipe.unet, sft)
-
-
+SIZE = {"num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2}
+SIZE |= {"joint_attention_dim": 64, "pooled_projection_dim": 10}
 SD3 = {"in_channels": 4, "out_channels": 4, "pos_embed_max_size": 4, "caption_projection_dim": 24}
-FLUX = {"in_channels": 16, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4)}
+FLUX = {"num_single_layers": 1, "axes_dims_rope": (4, 4, 4), "guidance_embeds": True}
 
 
 @pytest.mark.parametrize("flux", [False, True])
 def test_the_snippets_for_transformers(names, flux):
-    size = {"num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 2}
-    size |= {"joint_attention_dim": 64, "pooled_projection_dim": 10}
     if flux:
-        transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True, **FLUX, **size).eval()
+        transformer = diffusers.FluxTransformer2DModel(in_channels=16, **FLUX, **SIZE).eval()
     else:
-        transformer = diffusers.SD3Transformer2DModel(sample_size=8, **SD3, **size).eval()
+        transformer = diffusers.SD3Transformer2DModel(sample_size=8, **SD3, **SIZE).eval()
     seen = {}
     transformer.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
