@@ -1,7 +1,6 @@
 """What sudo.py and train_tiny.py claim, checked on a CPU without a download.
 
-The oracle is written from the equations, in float64. Except for flow matching the noise is that of
-diffusers' own schedulers. It shares no line with sudo.py.
+The oracle is written from the equations, in float64, and shares no line with sudo.py.
 """
 
 import copy
@@ -81,8 +80,6 @@ def batch():
 
 
 # ------------------------------------------- sudo.py: the loss and what it is made of
-
-
 def errors64(unet, scheduler, b, x):
     """(B,): each image's mean squared error, as the equations have it."""
     x, eps, t = x.double(), b.noise.double(), b.draws["timesteps"]
@@ -102,8 +99,7 @@ W, ALONE = torch.tensor([0.5, 2, 0, 1]), {"dpo_weight": 1.0, "mse_weight": 0.0}
 WEIGHTED = {"beta": 300.0, "dpo_weight": 0.9, "pair_weight": W}
 LOSSES = {  # with d = e_w - e_l - (r_w - r_l), as the script of that name writes it
     "SUDO": ("epsilon", {}, lambda d, e_w: 0.5 * softplus(0.5 * 5000 * d) + 0.5 * e_w),
-    "SUDO at first, DPO": ("v_prediction", ALONE, lambda d, _: softplus(0.5 * 5000 * d)),
-    "diffusers": ("v_prediction", ALONE | {"beta": 2 * 2500.0}, lambda d, _: softplus(2500 * d)),
+    "DPO of diffusers": ("v_prediction", ALONE, lambda d, _: softplus(0.5 * 5000 * d)),
     "DDSPO": ("flow", ALONE | {"beta": 2000.0}, lambda d, _: softplus(2000 / 2 * d)),
     "weighted": ("epsilon", WEIGHTED, lambda d, e_w: 0.9 * W * softplus(150 * d) + 0.5 * e_w),
     "undecided": ("epsilon", WEIGHTED | {"pair_weight": 0 * W}, lambda _, e_w: 0.5 * e_w),
@@ -185,7 +181,9 @@ def test_blur_keeps_means_alone_and_random_grid_swaps_two_cells_of_each_image():
     assert_close(sudo.blur(0 * fine + 0.3), 0 * fine + 0.3)
     images = torch.rand(20, 3, 24, 16)
     swapped = sudo.random_grid(images, generator=torch.Generator())
-    assert ((swapped != images).flatten(1).sum(1) == 3 * 2 * (24 // 8) * (16 // 8)).all()
+    moved_pixels = (swapped != images).flatten(1)
+    assert (moved_pixels.sum(1) == 3 * 2 * (24 // 8) * (16 // 8)).all()
+    assert len(moved_pixels.unique(dim=0)) > 15
     exactly(swapped.flatten(1).sort().values, images.flatten(1).sort().values)
 
 
@@ -213,7 +211,6 @@ MISTAKES = [
     *(({"timesteps": (9 * R(B)).to(dtype)}, f"timesteps has dtype .*{dtype}") for dtype in NOT_T),
     *(({"timesteps": torch.tensor([0, 1, 2, t])}, f"timesteps .* {t}") for t in (-1, 1000)),
     ({"scheduler": FlowScheduler(), "beta": 9.0, "timesteps": 1001 * torch.ones(B)}, "to 1000"),
-    ({"scheduler": diffusers.EDMEulerScheduler()}, "'epsilon' is not .*'v_pred.* flow matching"),
     ({"losers": R(B - 1, 4, 8, 8)}, "losers has shape"),
     ({"encoder_hidden_states": R(8, 5, 64)}, "encoder_hidden_states has shape"),
     ({"added_cond_kwargs": {"time_ids": R(2, 6)}}, "time_ids"),
@@ -309,11 +306,10 @@ def stops(message, call, *given, **named):
         call(*given, **named)
 
 
-def in_a_process(call, *given):
-    """The exit code of a process of its own."""
+def exit_code(call, *given):
     process = APART.Process(target=call, args=given)
     process.start()
-    process.join()
+    process.join(300)
     return process.exitcode
 
 
@@ -394,15 +390,15 @@ def test_killed_and_accumulated_runs_end_as_one_that_never_stopped(tmp_path, mon
     half = torch.float16 if flags == "fp16" else None
     flags = [*flags.replace("fp16", "").split(), "--checkpoint-every", 2]
     compute_in(half, monkeypatch.setattr)
-    log = run(whole, *flags, steps=6)
-    assert log[-1]["lr"] == pytest.approx(log[1]["lr"] / (4 if "sft" in flags else 1))
+    log = run(whole, *flags)
+    assert log[-1]["lr"] == pytest.approx(log[1]["lr"] / (3 if "sft" in flags else 1))
     skipped = [row["grad_norm"] is None for row in log]
     assert any(skipped) == skipped[0] == bool(half) and not all(skipped)
     if not half:
-        run(halves, *flags, "--grad-accum", 2, steps=6, batch=2)
+        run(halves, *flags, "--grad-accum", 2, batch=2)
         same_run(halves, whole, exact=False)
 
-    assert in_a_process(killed_in_step_3, half, arguments(killed, *flags, steps=6)) == -9
+    assert exit_code(killed_in_step_3, half, arguments(killed, *flags)) == -9
     assert len(log_of(killed)) == 3 and (killed / "step-000002").exists()
     (killed / "checkpoint.pt.unfinished").write_bytes(b"half")
     for _ in range(2):  # to go on from step 2, then from the end
@@ -434,6 +430,7 @@ def test_frozen_weights_held_in_half_are_the_same_arithmetic(monkeypatch, lora, 
     pipe = train_tiny.load_pipeline(str(TINY))
     fp32 = sudo.frozen_copy(pipe.unet).to(memory_format=torch.channels_last)
     unet, reference, _ = train_tiny.prepare(pipe, config)
+    assert not unet.training
     layers = (unet if lora else reference).modules()
     cast = [x.weight for x in layers if isinstance(x, torch.nn.Linear | torch.nn.Conv2d)]
     assert {weight.dtype for weight in cast if not weight.requires_grad} == {half}
@@ -537,7 +534,6 @@ def test_a_folders_recipe_is_that_of_the_width_of_its_captions(tmp_path, width, 
             assert config == replace(train_tiny.parse([*flags, recipe]), model=model, size=32)
             rate = ("sft_" if loss == "sft" else "") + ("lora_" if lora else "") + "lr"
             assert config.lr == getattr(config, rate)
-            assert config.lr_schedule == ("linear" if loss == "sft" else "constant")
 
 
 def test_a_gpu_too_small_for_all_weights_trains_lora(monkeypatch):
@@ -562,7 +558,7 @@ def test_captions_are_the_same_where_the_model_sees_the_same_words_and_losers_ha
     texts = [long + "a red square", long + "a blue circle", long, "A Red  square", "a red square"]
     texts += ["a red squares", "", "猫", "\N{CAT FACE}", *(" red" * n for n in (13, 14, 15, 16))]
     data = train_tiny.encode(pipe, [train_tiny.Row(SAMPLE, text.strip(), "") for text in texts])
-    assert "captions have more than 16 tokens" in capsys.readouterr().out
+    assert "5 captions have more than 16 tokens" in capsys.readouterr().out
     numbers = [train_tiny.EMPTY, *data.caption.tolist()]
     with torch.no_grad():
         seen, _ = pipe.encode_prompt(["", *texts], "cpu", 1, False)
@@ -593,7 +589,7 @@ def test_pictures_of_every_kind_are_taken_right_and_known_by_their_pixels(tmp_pa
     upright.save(tmp_path / "broken.png", exif=b"\0\x08\0\x02\x01\x12\0\x03")
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", 3_000_000 * "x", zip=True)
-    upright.save(tmp_path / "~text.png", pnginfo=text, icc_profile=bytes(3_000_000))
+    upright.save(tmp_path / "~", "PNG", pnginfo=text, icc_profile=bytes(3_000_000))
     files = sorted(tmp_path.iterdir())
     for file in files:
         pixels = train_tiny.load_picture(file, 16)
@@ -612,6 +608,7 @@ def test_pictures_of_every_kind_are_taken_right_and_known_by_their_pixels(tmp_pa
 
 FAULTS = [  # what the data says, or what makes its one picture, x.png
     (b"", "0 sound rows"),
+    (b"\xff", "UTF-8"),
     (b"{}\n" * 16, "(.*jsonl:[0-9]+: .*\n){10}.*16 faulty"),
     (b'{"file_name": "x.png", "text": ["x", "y"]}', "jsonl:1: .*one string under 'text'"),
     (lambda file: None, "jsonl:2: x.png: .*No such file"),
@@ -630,7 +627,7 @@ def test_faulty_rows_are_named_before_anything_is_written(tmp_path, fault, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_are_checked_and_explained(capsys, monkeypatch):
+def test_flags_are_checked_and_explained(capsys):
     wrong = "--lr=0 --beta=nan --steps=-1 --grad-accum=0 --checkpoint-every=0 --lora=-1 --loss=ppo"
     for flag in [*wrong.split(), "--caption-dropout=1.5", "--batch-size=x"]:
         stops("2", train_tiny.parse, ["--data", "x", flag])
@@ -638,8 +635,6 @@ def test_flags_are_checked_and_explained(capsys, monkeypatch):
     stops("0", train_tiny.parse, ["--help"])
     text = capsys.readouterr().out
     assert str(HERE) not in text and "(1" not in text and text.isascii()
-    monkeypatch.setattr(train_tiny, "find_spec", lambda name: None)
-    stops("pip install peft.*--lora 0", train_tiny.parse, ["--data", "x", "--lora", "2"])
 
 
 UNFIT = [  # a file of a model, and what it says instead, or that it is missing
@@ -647,7 +642,9 @@ UNFIT = [  # a file of a model, and what it says instead, or that it is missing
     ("unet/config.json", {"sample_size": [8, 12]}, r"sample_size \[8, 12\]"),
     ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "InpaintPipeline"),
     (UNET, lambda w: {"_orig_mod." + name: w[name] for name in w}, "weights of its unet"),
+    (UNET.replace("unet", "vae"), lambda w: dict([*w.items()][1:]), "weights of its vae"),
     ("tokenizer/tokenizer.json", None, "its tokenizer"),
+    ("tokenizer/tokenizer_config.json", None, "its tokenizer"),
 ]
 
 
@@ -717,7 +714,10 @@ def test_early_ends_leave_nothing_and_keep_their_cause(tmp_path, monkeypatch):
 def test_what_is_not_finite_ends_the_run_and_leaves_it_whole(tmp_path, monkeypatch):
     output = tmp_path / "out"
     stops("Stopped.* step 1 .*lower --lr", run, output, "--lr", 1e12, "--checkpoint-every", 1)
-    assert torch.load(output / "checkpoint.pt")["step"] == len(log_of(output)) == 1
+    saved = torch.load(output / "checkpoint.pt")
+    assert saved["step"] == len(log_of(output)) == 1 < log_of(output)[0]["grad_norm"]
+    first_moments = [state["exp_avg"].norm() for state in saved["optimizer"]["state"].values()]
+    assert torch.stack(first_moments).norm() == pytest.approx(0.1), "of a gradient clipped at 1"
     compute_in(torch.float16, monkeypatch.setattr, scale=1.5)
     monkeypatch.setitem(train_tiny.LOSSES, "dpo", partial(sudo.sudo_loss, mse_weight=1e38))
     stops("gradients of step 0 are too large for fp16", run, tmp_path / "fp16", "--loss", "dpo")
@@ -729,7 +729,7 @@ def test_a_run_is_resumed_by_its_flags_if_all_else_is_the_same(tmp_path, monkeyp
     model, output = shutil.copytree(TINY, tmp_path / "model"), tmp_path / "猫"
     (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
     flags = ["--model", model, "--loss", "dpo", "--lora", 2, "--caption-dropout", 0]
-    assert in_a_process(train_tiny.main, arguments(output, *flags, "--seed", 2**64, steps=1)) == 0
+    assert exit_code(train_tiny.main, arguments(output, *flags, "--seed", 2**64, steps=1)) == 0
     log = log_of(output)
     assert log[0]["pairs"] == 4 and log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for flag in ("--steps=2", "--lora=2", "--output=x"):

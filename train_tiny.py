@@ -544,7 +544,7 @@ def encode(pipe, rows) -> Data:
     caption, texts = number_captions(pipe, rows)
     limit = pipe.tokenizer.model_max_length
     logging.disable(logging.WARNING)  # the libraries say it too
-    cut = sum(len(ids) > limit for ids in pipe.tokenizer(texts).input_ids)
+    cut = sum(len(ids) > limit for ids in pipe.tokenizer([row.text for row in rows]).input_ids)
     if cut:
         say(f"{cut} captions have more than {limit} tokens, and the model sees them cut there.")
     encoders = [part for name, part in pipe.components.items() if "text_encoder" in name]
