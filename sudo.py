@@ -68,7 +68,7 @@ from torch import Tensor
 
 
 def random_image(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Another image of the batch for each image, the paper's downgrade of choice (S:1018-1027).
+    """For each image another of the batch (S:1018-1027), where the paper has the training set.
 
     images: (B, ...), pixels or latents. Returns (B, ...): the batch moved along one random cycle,
     so that no image keeps its place and any other is equally likely. Raises ValueError if B = 1.
@@ -169,7 +169,7 @@ def denoising_error(
     B = len(pairs.timesteps) // 2
     condition = _repeat("encoder_hidden_states", encoder_hidden_states, B)
     unet_kwargs = {name: _repeat(name, value, B) for name, value in unet_kwargs.items()}
-    # A reference may lend the policy other weights for a pass; autocast would keep their casts.
+    # The reference may be the policy with other weights, whose casts autocast would have kept.
     torch.clear_autocast_cache()
     output = unet(pairs.noisy, pairs.timesteps, condition, **unet_kwargs)
     prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
@@ -209,8 +209,8 @@ def sudo_objective(
         dpo              -log σ(u): ln 2 = 0.6931 at the start
         winner_error     e_w
         loser_error      e_l
-        winner_drift     e_w - r_w; both drifts usually rise,
-        loser_drift      e_l - r_l, and the losers' more
+        winner_drift     e_w - r_w
+        loser_drift      e_l - r_l; both drifts usually rise, and this one more
         margin           u
         implicit_acc     share of u > 0; a tie, u = 0, counts one half
         saturated        share of |u| > 10, where σ(u) is 0 or 1 to four decimals

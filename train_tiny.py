@@ -96,13 +96,13 @@ class Config(Flags):  # and what a recipe has beside them
     note: str = ""  # what the opening line says first
 
 
-# tiny's were chosen on the validation captions of its world. sd15 has the paper's lr and β, but 32
+# tiny's were chosen on its validation captions. sd15 has the paper's lr and the official β, but 32
 # pairs a step and not 2048: a run takes an hour on 24 GB. sdxl has the paper's 96 and Adafactor.
 RECIPES = {
     "sd15": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
     "tiny": {
         "model": TINY, "size": 32, "memory": 0, "guidance": 1.0, "gradient_checkpointing": False,
-        "lr": 5e-5, "sft_lr": 2e-3, "lora_lr": 5e-4, "sft_lora_lr": 3e-3, "beta": 400.0,
+        "lr": 2e-5, "sft_lr": 2e-3, "lora_lr": 5e-4, "sft_lora_lr": 3e-3, "beta": 400.0,
         "steps": 300, "batch_size": 32, "grad_accum": 1,
     },
     "sdxl": {
@@ -239,7 +239,7 @@ LOSSES = {
 
 
 def train(unet, optimizer, loss_fn, batches, config, start=0, scaler=None):
-    """Train in place: each `next` takes a step and gives its metrics, over all pairs of it.
+    """Train in place: each `next` takes a step and gives its metrics, over all processes.
 
     batches(step) yields this process's micro-batches, loss_fn(policy, **batch) returns (loss,
     metrics). A scaler serves fp16. Raises FloatingPointError before an update that is not finite.
@@ -314,8 +314,8 @@ def run(config: Config):
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=HALF is torch.float16)
     done = saved.get("step", 0)
     if saved:
-        unet.load_state_dict(saved["trained"], strict=False)  # the frozen ones stay
-        optimizer.load_state_dict(saved["optimizer"])
+        unet.load_state_dict(saved.pop("trained"), strict=False)  # the frozen ones stay
+        optimizer.load_state_dict(saved.pop("optimizer"))  # popped, so the file is let go
         scaler.load_state_dict(saved["scaler"])
 
     given = {"reference": reference, "scheduler": pipe.scheduler, "beta": config.beta}
@@ -375,7 +375,6 @@ def parse(argv=None) -> Config:
             parser.error(f"--{name.replace('_', '-')} has to be positive, and is {given[name]}")
     if given.get("lora", 0) < 0 or not 0 <= given.get("caption_dropout", 0) <= 1:
         parser.error("--lora has to be 0 or more, and --caption-dropout from 0 to 1")
-
     cuda = DEVICE.type == "cuda"
     note = ""
     if "model" not in given and not cuda:
@@ -426,7 +425,7 @@ def load(from_model, model, failure="No pipeline could be loaded", **options):
 
 
 def load_pipeline(model: str) -> DiffusionPipeline:
-    """The pipeline in fp32, on the CPU; exits if its files lack weights or words."""
+    """The pipeline in fp32, on the CPU; exits if it lacks weights or words, or does not fit."""
     options = {"dtype": torch.float32}
     if "safety_checker" in load(DiffusionPipeline.load_config, model):
         options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -451,7 +450,7 @@ def load_pipeline(model: str) -> DiffusionPipeline:
 
 
 def laid_out(model):
-    """As a GPU is fastest; frozen weights in half the room, as autocast would cast them."""
+    """In a GPU's fastest layout, and frozen weights cast once, as autocast would in each pass."""
     for layer in model.modules():
         cast = isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
         if HALF and cast and not layer.weight.requires_grad:
@@ -701,8 +700,9 @@ def fingerprint(pipe, rows):
 
 
 def load_checkpoint(output, origin=None):
+    mapped = DEVICE.type == "cuda"  # an optimizer on the CPU would keep the file, and its room
     try:
-        saved = torch.load(Path(output, "checkpoint.pt"), "cpu", weights_only=True, mmap=True)
+        saved = torch.load(Path(output, "checkpoint.pt"), "cpu", weights_only=True, mmap=mapped)
         if saved["edition"] != EDITION:
             raise ValueError(f"it is of edition {saved['edition']}, not {EDITION}")
     except Exception as error:  # torch has many names for a broken file

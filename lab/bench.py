@@ -1,8 +1,8 @@
 """Time and memory of a training step on this machine, beside the least that its UNet calls take.
 
     python lab/bench.py                # lab/tiny-sd: two minutes on a CPU
-    python lab/bench.py --model sd15   # an estimated ten minutes on a GPU; 15 and 15 GB on a CPU
-    python lab/bench.py --model sdxl   # the same, and only on a GPU
+    python lab/bench.py --model sd15   # a quarter of an hour and 15 GB on a CPU
+    python lab/bench.py --model sdxl   # on a GPU alone; there each takes ten minutes, by estimate
 
 The data are random, and so are the weights of sd15 and sdxl: they are as much work and memory as
 trained ones, and nothing is downloaded.
@@ -85,7 +85,7 @@ def random_run(model: str, flags: str) -> Run:
 def pipeline(model: str) -> DiffusionPipeline | SimpleNamespace:
     """tiny-sd; or the parts of a pipeline with random weights, all but SDXL's second encoder."""
     if model == "tiny":
-        return DiffusionPipeline.from_pretrained(train_tiny.TINY)
+        return DiffusionPipeline.from_pretrained(train_tiny.TINY).to(train_tiny.DEVICE)
     shape = SDXL if model == "sdxl" else {"sample_size": 64, "cross_attention_dim": 768}
     with train_tiny.DEVICE:
         unet = UNet2DConditionModel(**shape)
@@ -275,7 +275,8 @@ def on_a_cpu(model: str, rounds: int) -> None:
         ratio = median(mine / other for mine, other in zip(its, times[first]))
         lines.append([row, f"{1e3 * median(its) / pairs:,.1f}", f"{ratio:.2f}"])
     table(["", "ms a pair", "× the first row"], lines)
-    GB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # it counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    GB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     print(f"{GB:.1f} GB at the peak.")
 
 

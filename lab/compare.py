@@ -40,6 +40,7 @@ RESULTS = LAB / "results.json"
 SCALES = ("1", "1.5", "2", "3", "5")  # of guidance; 1 is without
 USES = {"guidance 1": ("1",), "best above 1": SCALES[1:], "guidance 5": ("5",)}
 CHOSEN_ON = (100, 101)  # seeds of the validation cells
+HARMFUL = 5e-5  # the lr of SUDO from which on guidance 5 does harm
 
 
 # ------------------------------------------- the methods
@@ -61,6 +62,7 @@ class Method:
 
 OF_SFT = [(lr, 0.0) for lr in (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 4e-3)]
 OF_SUDO = [(lr, 400.0) for lr in (1e-5, 2e-5, 5e-5, 1e-4)]
+OF_DRAWN_SFT = [*OF_SFT, (8e-3, 0.0)]  # so that it goes past its best
 OF_DRAWN = [(2e-5, 400.0), (5e-5, 400.0), (1e-4, 400.0), (5e-5, 100.0), (1e-4, 100.0)]
 
 # Steps of equal cost: a pair takes 8 forward passes in SUDO, a backward pass as two, and 3 in SFT.
@@ -70,11 +72,10 @@ SFT = Method("SFT", "sft", 800, OF_SFT, lr_schedule="linear")
 SUDO = Method("SUDO", "sudo", 300, [*OF_SUDO, (3e-5, 400.0), (3e-5, 800.0)])
 SFT_SUDO = Method("SFT, then SUDO", "sudo", 150, OF_SUDO, SFT)
 WITHOUT_MSE = Method("SFT, then SUDO without MSE", "dpo", 150, OF_SUDO, SFT)
-# SUDO but for its losers: it has SUDO's steps, and the lr that SUDO does best with at guidance 1.
+# SUDO without its preference: it has SUDO's steps, and the lr that is best for that at guidance 1.
 MSE_TERM = Method("the MSE term alone", "sft", 300, [], seeds=3)
 # What the paper compares: the base model draws each caption twice, and the judge prefers one.
-# Its best is at the end of its grid, which has not gone on as SFT's has.
-DRAWN_SFT = replace(SFT, name="SFT on preferred", data="preferred", grid=OF_SFT[:4], seeds=5)
+DRAWN_SFT = replace(SFT, name="SFT on preferred", data="preferred", grid=OF_DRAWN_SFT, seeds=5)
 drawn = partial(Method, grid=OF_DRAWN, seeds=5)
 METHODS = [BASE, SFT, SUDO, SFT_SUDO, WITHOUT_MSE, MSE_TERM, DRAWN_SFT]
 METHODS += [
@@ -129,7 +130,7 @@ def cell(method: Method, split: str, setting: Setting, seed: int) -> dict:
 
     pipe = DiffusionPipeline.from_pretrained(train_tiny.TINY).to(train_tiny.DEVICE)
     on_captions = method.data == SFT.data
-    file = LAB.parent / SFT.data if on_captions else pairs.drawn(pipe, train_tiny.TINY)
+    file = LAB.parent / SFT.data if on_captions else pairs.folder(train_tiny.TINY)
     flags = ["--data", str(file), "--model", "tiny"]
     recipe = replace(train_tiny.parse(flags), seed=seed)
     sft = replace(train_tiny.parse([*flags, "--loss", "sft"]), seed=seed)
@@ -140,7 +141,8 @@ def cell(method: Method, split: str, setting: Setting, seed: int) -> dict:
         data = data._replace(losers=encoded(pipe, "loser", config).latents)
     pipe.to(train_tiny.DEVICE)
 
-    # The front page shows what the trainer's own recipe draws without guidance, phase by phase.
+    # The front page shows what the trainer's own recipe draws without guidance, phase by phase. It
+    # is drawn when the cell is trained: after a change of the recipe take that cell out.
     of_recipe = method == SFT_SUDO and setting == (sft.lr, recipe.lr, recipe.beta)
     pictured = (method == BASE or of_recipe) and split == "test" and seed == 0
     if method.after:
@@ -149,9 +151,8 @@ def cell(method: Method, split: str, setting: Setting, seed: int) -> dict:
             keep("after SFT", measure.judge(pipe, split, "1", seed)[1][0])
     reference = train(pipe, data, config)
 
-    # The reference's unconditional branch is asked for where guidance does harm: after SUDO on
-    # captions.jsonl, at the lr that the trainer has.
-    asked = split == "test" and method.loss != "sft" and on_captions and setting.lr == recipe.lr
+    # The reference's unconditional branch is asked for where guidance begins to do harm.
+    asked = split == "test" and method.loss != "sft" and on_captions and setting.lr == HARMFUL
     result = {}
     for scale in SCALES:
         result[scale], drawings = measure.judge(pipe, split, scale, seed)
@@ -251,6 +252,8 @@ def main() -> None:
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # of the processes
     cells = json.loads(RESULTS.read_text(encoding="utf-8"))["cells"]
     save(cells)  # with the choices, where cells came by another way
+    torch.set_num_threads(1)  # as in every cell
+    pairs.draw(train_tiny.TINY)
     run(validations([method for method in METHODS if not method.after], cells), cells)
     run(validations([method for method in METHODS if method.after], cells), cells)
     run(tests(cells), cells)

@@ -66,5 +66,4 @@ def drift(pipe, reference, split: str) -> dict:
         "winner_drift": (e_w - r_w).mean().item(),
         "loser_drift": (e_l - r_l).mean().item(),
         "implicit_acc": ((margin > 0).float() + 0.5 * (margin == 0)).mean().item(),
-        "typical_difference": (r_l - r_w).abs().median().item(),
     }

@@ -7,10 +7,8 @@ is preferred; where both have as many, both are drawn again.
 """
 
 import json
-import os
 import random
 import sys
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -27,15 +25,19 @@ import world  # noqa: E402
 SCALES = (1.0, 2.0, 3.0, 5.0)
 
 
-def drawn(pipe, model: str) -> Path:
-    """A folder of pairs for the captions of captions.jsonl, as train_tiny.read_rows takes it.
+def folder(model: str) -> Path:
+    """Of the pairs for the captions of captions.jsonl, as train_tiny.read_rows takes it.
 
-    Its column "file_name" has the preferred pictures, "loser" the others. The folder stays, so that
-    all methods and processes train on the same pictures.
+    Its column "file_name" has the preferred pictures, "loser" the others.
     """
-    folder = LAB / "pairs" / Path(model).name
-    if folder.exists():
-        return folder
+    return LAB / "pairs" / Path(model).name
+
+
+def draw(model: str) -> None:
+    """Draw the pairs of this model, if they are not there: all methods train on the same ones."""
+    if folder(model).exists():
+        return
+    pipe = DiffusionPipeline.from_pretrained(model).to(train_tiny.DEVICE)
     lines = (LAB.parent / "captions.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     pipe.set_progress_bar_config(disable=True)
@@ -59,8 +61,8 @@ def drawn(pipe, model: str) -> Path:
                 decided[i] = [pictures[i, k] for k in order]
         again += 1
 
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may draw the same
-    beside.mkdir(parents=True)
+    beside = folder(model).with_suffix(".unfinished")
+    beside.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, text in enumerate(texts):
         row = {"file_name": f"{i + 1:04d}-winner.png", "loser": f"{i + 1:04d}-loser.png"}
@@ -68,16 +70,15 @@ def drawn(pipe, model: str) -> Path:
             picture.save(beside / name)
         rows.append(json.dumps(row | {"text": text}) + "\n")
     (beside / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
-    with suppress(OSError):  # it was first
-        beside.rename(folder)
-    return folder
+    beside.rename(folder(model))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # as in compare.py
-    folder = drawn(DiffusionPipeline.from_pretrained(sys.argv[1]), sys.argv[1])
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    draw(sys.argv[1])
+    there = folder(sys.argv[1])
+    rows = [json.loads(line) for line in (there / "metadata.jsonl").read_text().splitlines()]
     for column in ("file_name", "loser"):
-        seen = [world.score(Image.open(folder / row[column]), row["text"]) for row in rows]
+        seen = [world.score(Image.open(there / row[column]), row["text"]) for row in rows]
         whole, attributes = (fmean(values) for values in zip(*seen))
         print(f"{len(rows)} under {column}: whole {whole:.2f}, attributes {attributes:.2f}")

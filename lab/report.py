@@ -133,11 +133,11 @@ def short(rows: list[Row]) -> str:
     for row in rows:
         compared = row.method in ("SFT", "SFT, then SUDO")
         if "guidance 1" in row.uses or (compared and "guidance 5" in row.uses):
-            lr = f" at --lr {row.lr:g}".replace("e-0", "e-") if row.lr else ""
-            scales = ["1", "2", "5", row.best()]
+            lr = f" at --lr {row.lr:.0e}".replace("e-0", "e-") if row.lr else ""
+            scales = ["1", "5", row.best()]
             whole = [f"{fmean(row.by_seed(scale).values()):.2f}" for scale in scales]
-            lines.append([row.method + lr, *whole[:3], f"{whole[3]} at {scales[3]}"])
-    return table(["whole matches", "guidance 1", "guidance 2", "guidance 5", "best above 1"], lines)
+            lines.append([row.method + lr, *whole])
+    return table(["whole matches", "guidance 1", "guidance 5", "best above 1"], lines)
 
 
 def tables(results: dict) -> list[str]:

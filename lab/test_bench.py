@@ -54,7 +54,7 @@ def test_a_table_of_a_gpu_and_one_of_a_cpu(small, monkeypatch, capsys):
 
 def test_the_models_are_as_large_as_the_public_ones_and_the_thresholds_are_those_of_cost_md():
     page = Path(__file__).with_name("cost.md").read_text(encoding="utf-8")
-    needs = dict(re.findall(r"All weights of (\w+), by the flags of its recipe: ([\d.]+) GB", page))
+    needs = dict(re.findall(r"all weights of (\w+) need a card of ([\d.]+) GB", page))
     for model, millions in {"sd15": "859.52", "sdxl": "2567.46"}.items():
         config = train_tiny.parse(["--data", "none", "--model", model])
         assert config.memory == round(float(needs[model]))

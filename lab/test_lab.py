@@ -121,7 +121,7 @@ def lab(tmp_path_factory):
     (folder.parent / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "LAB", folder)
-        pairs.drawn(DiffusionPipeline.from_pretrained(LAB / "tiny-sd"), train_tiny.TINY)
+        pairs.draw(train_tiny.TINY)
     return folder
 
 
@@ -146,7 +146,7 @@ def test_a_cell_of_each_method_runs(method, lab, monkeypatch):
     train = train_tiny.train
     monkeypatch.setattr(train_tiny, "train", lambda *given: runs.append(given) or train(*given))
 
-    lr = train_tiny.RECIPES["tiny"]["lr"]
+    lr = compare.HARMFUL
     after = method.after and replace(method.after, steps=2)
     short = replace(method, steps=min(2, method.steps), after=after)
     seed = 1 + compare.METHODS.index(method)  # with one of its own no SFT is there already
