@@ -405,7 +405,6 @@ def test_killed_and_accumulated_runs_end_as_one_that_never_stopped(tmp_path, mon
         resume(killed)
         same_run(killed, whole)
         assert (killed / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
-    assert not Path("/proc").exists() or "checkpoint.pt" not in Path("/proc/self/maps").read_text()
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -542,6 +541,7 @@ def test_a_gpu_too_small_for_all_weights_trains_lora(monkeypatch):
         (8, "", 16, "8 GB.*--lora 0.* 21"),
         (24, "", 0, "^$"),
         (8, "--lora 0", 0, "^$"),
+        (8, "--model tiny", 0, "^$"),
         (24, "--model sdxl", 16, "24 GB.*--lora 0.* 33"),
     ]
     monkeypatch.setattr(train_tiny, "DEVICE", torch.device("cuda"))
