@@ -128,11 +128,10 @@ def leads(rows: list[Row]) -> str:
 
 
 def short(rows: list[Row]) -> str:
-    """The front page's table: models for guidance 1, and of the two compared for guidance 5."""
+    """The front page's table: the models for guidance 1."""
     lines = []
     for row in rows:
-        compared = row.method in ("SFT", "SFT, then SUDO")
-        if "guidance 1" in row.uses or (compared and "guidance 5" in row.uses):
+        if "guidance 1" in row.uses:
             lr = f" at --lr {row.lr:.0e}".replace("e-0", "e-") if row.lr else ""
             scales = ["1", "5", row.best()]
             whole = [f"{fmean(row.by_seed(scale).values()):.2f}" for scale in scales]
