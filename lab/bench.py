@@ -288,6 +288,7 @@ def main() -> None:
         parser.error("sdxl needs a GPU")
     machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU cores"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    diffusers.utils.logging.set_verbosity_error()  # it has a line on every cast to a dtype
     print(f"{model} on {machine}, {time.strftime('%Y-%m-%d')}, {versions}\n")
     if CUDA:
         on_a_gpu(model)
