@@ -26,7 +26,7 @@ SCALES = (1.0, 2.0, 3.0, 5.0)
 
 
 def folder(model: str) -> Path:
-    """Of the pairs for the captions of captions.jsonl, as train_tiny.read_rows takes it.
+    """The folder of the pairs for captions.jsonl's captions, as train_tiny.read_rows takes it.
 
     Its column "file_name" has the preferred pictures, "loser" the others.
     """
